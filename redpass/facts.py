@@ -1,0 +1,58 @@
+"""Facts: what analyses found about one program, computed once and frozen.
+
+An analysis is a function `(program, facts) -> frozen result`. A `Facts` belongs to one program
+and dies with it, so a result can never be asked of another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from redpass.data import Batches
+from redpass.errors import DataError, PassError
+from redpass.program import Program
+
+T = TypeVar("T")
+Analysis = Callable[[Program, "Facts"], T]
+
+
+@dataclass
+class Facts:
+    """The results known for `program`.
+
+    Args:
+        program: the program all results are about.
+        calibration: data for analyses that measure activations, or None.
+    """
+
+    program: Program
+    calibration: Batches | None = None
+    _results: dict[Any, Any] = field(default_factory=dict)
+    _allowed: tuple[Any, ...] | None = None
+
+    def get(self, analysis: Analysis[T]) -> T:
+        """Returns what `analysis` found, computing it at the first call.
+
+        Raises:
+            PassError: the running pass did not list this analysis in `needs`.
+        """
+        if self._allowed is not None and analysis not in self._allowed:
+            raise PassError(f"analysis '{analysis.__name__}' is not in the pass's `needs`")
+        if analysis not in self._results:
+            unrestricted = Facts(self.program, self.calibration, self._results)
+            self._results[analysis] = analysis(self.program, unrestricted)
+        return self._results[analysis]  # type: ignore[no-any-return]
+
+    def restrict(self, analyses: tuple[Any, ...]) -> Facts:
+        """Returns a view that answers for `analyses` only and shares all results."""
+        return Facts(self.program, self.calibration, self._results, analyses)
+
+    def data(self) -> Batches:
+        """Returns the calibration data. Raises `DataError` when there is none."""
+        if self.calibration is None:
+            raise DataError(
+                "this analysis measures activations and no data was given", hint="pass --data FILE"
+            )
+        return self.calibration

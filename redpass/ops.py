@@ -1,0 +1,143 @@
+"""Traits of operations, declared once. Passes ask these; no pass keeps a list of op names.
+
+An op nobody declared is opaque: not pure, so it is kept, never moved, merged or removed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+TRUSTED_NAMESPACES = frozenset({"aten", "redpass", "prims"})
+"""Namespaces whose schemas are believed about purity; custom ops of others stay opaque."""
+
+SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg,
+        operator.truediv, operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
+        operator.ge, operator.pow, operator.and_, operator.or_, math.ceil, math.floor, math.trunc,
+        torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int, torch.sym_not,
+        torch.sym_ite,
+    }
+)  # fmt: skip
+"""Pure functions on symbolic sizes."""
+
+VIEWS = frozenset(
+    {
+        "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand",
+        "slice", "select", "t", "flatten", "unflatten", "narrow", "chunk", "split", "unbind",
+        "split_with_sizes", "expand_as", "view_as", "movedim", "swapaxes", "diagonal", "unfold",
+        "numpy_T", "mT", "adjoint", "alias", "detach", "squeeze_", "tensor_split",
+    }
+)  # fmt: skip
+"""ATen ops that move or rename elements and compute nothing."""
+
+LINEARS = frozenset({"linear", "mm", "addmm", "matmul", "bmm", "conv1d", "conv2d", "conv3d"})
+"""ATen ops that are linear in their first operand when the others are weights."""
+
+
+def base_name(node: fx.Node) -> str:
+    """Returns the op's name without namespace and overload (`linear`), or "" for a non-call."""
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", "")
+
+
+def namespace(node: fx.Node) -> str:
+    """Returns the op's namespace (`aten`, `redpass`), or "" when it is not a registered op."""
+    target = node.target
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def is_call(node: fx.Node, *names: str) -> bool:
+    """Whether `node` calls an ATen op with one of these base names, any overload."""
+    return namespace(node) == "aten" and base_name(node) in names
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two calls may give two results (dropout in training mode, `rand`)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if is_call(node, "dropout", "native_dropout", "feature_dropout", "alpha_dropout"):
+        return bool(argument(node, "train", "training") is not False and not _has_zero_rate(node))
+    if is_call(node, "scaled_dot_product_attention"):
+        return bool(argument(node, "dropout_p"))
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the value depends on the arguments alone and computing it changes nothing.
+
+    Weights are pure. Inputs and outputs are not: they are public. Unknown ops are not.
+    """
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        trusted = target.namespace in TRUSTED_NAMESPACES
+        return (
+            trusted
+            and not target._schema.is_mutable
+            and not _is_check(node)
+            and not is_random(node)
+        )
+    return target in SIZE_FUNCTIONS or target is operator.getitem
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether each output element depends on the operands' elements at the same place only."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the op only moves or renames elements."""
+    return namespace(node) == "aten" and base_name(node) in VIEWS
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node computes a symbolic size (an integer), not a tensor."""
+    return isinstance(node.meta.get("val"), torch.SymInt | int) or is_call(node, "sym_size")
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def argument(node: fx.Node, *names: str) -> Any:
+    """Returns the value of the argument called one of `names`, its schema default if omitted.
+
+    Raises:
+        KeyError: the op has no argument of these names.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise KeyError(names[0])
+    for position, parameter in enumerate(target._schema.arguments):
+        if parameter.name in names:
+            if position < len(node.args) and not parameter.kwarg_only:
+                return node.args[position]
+            return node.kwargs.get(parameter.name, parameter.default_value)
+    raise KeyError(names[0])
+
+
+def _has_zero_rate(node: fx.Node) -> bool:
+    return argument(node, "p") == 0
+
+
+def _is_check(node: fx.Node) -> bool:
+    return base_name(node).startswith(("_assert", "sym_constrain", "_check"))

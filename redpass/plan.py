@@ -1,0 +1,166 @@
+"""Plans: what a pass wants changed, as data. Nothing here touches a graph.
+
+An `Action` is one indivisible change with the reason for it; a `Skip` is a place that was looked
+at and left alone, with the reason for that. `rewrite.apply` turns actions into a new program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from redpass.facts import Facts
+    from redpass.program import Program
+
+
+class Exactness(Enum):
+    """What a pass promises about the result; decides how its actions are checked."""
+
+    SAME_BITS = "same bits"
+    WITHIN_TOLERANCE = "within tolerance"
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for the value of the node called `name` in the arguments of an `Insert`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Stands for the weight called `name`: an existing one, or one that a `SetWeight` adds."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Adds a node that calls `target`, just before the node called `before`.
+
+    Arguments hold `Ref` and `WeightRef` where the graph would hold nodes. `name` is how other
+    edits of the same plan refer to the new node; the graph may number it if it is taken.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    before: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Lets every reader of the value `old` read `new` instead. `new` may be an inserted node."""
+
+    old: str
+    new: str | WeightRef
+
+
+@dataclass(frozen=True)
+class SetArgument:
+    """Lets one node read another value: replaces `old` by `new` in the arguments of `node`."""
+
+    node: str
+    old: str
+    new: str | WeightRef
+
+
+@dataclass(frozen=True)
+class SetWeight:
+    """Adds a weight under a name that is not taken. `source` says what it was made from."""
+
+    name: str
+    value: Tensor
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class DropState:
+    """Removes a state pair (a layer's cache entry) from the inputs and outputs."""
+
+    input: str
+    output: str
+
+
+Edit = Insert | Replace | SetArgument | SetWeight | DropState
+
+
+@dataclass(frozen=True)
+class Action:
+    """One indivisible change.
+
+    Attributes:
+        rule: dotted under its pass: `drop_branches.similar`.
+        target: the place, a label that is stable from run to run: a node name or a branch label.
+        edits: what is done, in order.
+        reason: why, in words a user reads.
+        evidence: figures behind the reason.
+        saving: predicted change per cost name (`parameters`, `flops`, `bytes`,
+            `kv_bytes_per_token`); positive is saved.
+        loss: predicted loss of quality, comparable between actions of one run, None for exact.
+    """
+
+    rule: str
+    target: str
+    edits: tuple[Edit, ...]
+    reason: str
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    saving: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the action in recipes, limits and skips."""
+        return f"{self.rule}:{self.target}"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place that a rule looked at and left alone, and the condition that failed."""
+
+    rule: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one pass wants to do to one program."""
+
+    actions: tuple[Action, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+    @staticmethod
+    def of(items: Iterable[Action | Skip]) -> Plan:
+        """Sorts a stream of actions and skips into a plan, keeping the order."""
+        found = tuple(items)
+        return Plan(
+            tuple(item for item in found if isinstance(item, Action)),
+            tuple(item for item in found if isinstance(item, Skip)),
+        )
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """What a pass is: a frozen dataclass with its options as fields and one method.
+
+    Attributes:
+        name: a verb phrase; also what users type and reports print.
+        needs: the analyses `plan` may ask `facts` for.
+        exactness: what the result promises.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[Callable[..., Any], ...]]
+    exactness: ClassVar[Exactness]
+
+    def plan(self, program: Program, facts: Facts) -> Plan:
+        """Returns what to change and what was left alone. Never edits, keeps no state."""
+        ...
