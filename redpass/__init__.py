@@ -19,7 +19,7 @@ _HOMES = {
     "structure": "redpass.analysis",
     "export": "redpass.export",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604 - names are loaded at first use, so torch is not imported here
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -136,7 +136,7 @@ def argument(node: fx.Node, *names: str) -> Any:
 
 
 def _has_zero_rate(node: fx.Node) -> bool:
-    return argument(node, "p") == 0
+    return bool(argument(node, "p") == 0)
 
 
 def _is_check(node: fx.Node) -> bool:

@@ -217,7 +217,8 @@ def check_port(port: Port, value: Tensor) -> None:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """Returns the one output node of `graph`."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    found: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

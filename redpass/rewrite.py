@@ -90,7 +90,7 @@ class _Draft:
     def _find(self, name: str) -> fx.Node:
         if name not in self.nodes:
             raise PassError("an edit names a node that does not exist", place=name)
-        node = self.nodes[name]
+        node: fx.Node = self.nodes[name]
         while node in self.moved:
             node = self.moved[node]
         return node
@@ -248,5 +248,5 @@ def _difference(graph: fx.Graph, left: tuple[fx.Node, int], right: tuple[fx.Node
 
 
 def _after_inputs(graph: fx.Graph) -> fx.Node:
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
     return last.next

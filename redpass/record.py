@@ -1,0 +1,239 @@
+"""What a run leaves for reports: frozen records that turn into JSON and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+OUTCOMES = ("applied", "rolled back", "refused", "beyond limit", "skipped by user", "planned")
+"""What became of an action. `refused`: over budget; `rolled back`: failed its check."""
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """One action and what became of it.
+
+    Attributes:
+        number: its place in the run, counted from 1 over all passes; what REDPASS_LIMIT counts.
+        outcome: one of `OUTCOMES`.
+        why: the check or measurement behind the outcome, in words.
+    """
+
+    number: int
+    key: str
+    pass_name: str
+    target: str
+    reason: str
+    outcome: str
+    why: str = ""
+    evidence: dict[str, float] = field(default_factory=dict)
+    saving: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class SkipRecord:
+    """A place that was looked at and left alone."""
+
+    pass_name: str
+    rule: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass of the run: what it applied, how the result was checked, how long it took.
+
+    Attributes:
+        spec: the pass with its options, as a user would type it.
+        state: `checked`, `proved`, `not checked`, `failed` or `nothing to do`.
+        verdict: the check in words.
+        nodes: graph size before and after.
+    """
+
+    name: str
+    spec: str
+    exactness: str
+    applied: int
+    skipped: int
+    state: str
+    verdict: str
+    nodes: tuple[int, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QualityRecord:
+    """One metric on one split.
+
+    Attributes:
+        split: `choosing` or `reporting`.
+        better: `lower` or `higher`.
+        original: the metric of the original model.
+        difference: value minus original, measured in pairs; `stderr` is its standard error.
+        limit: the budget in words, or "".
+        met: whether the budget holds here, None without a budget.
+        count: how many rows or tokens were measured.
+    """
+
+    metric: str
+    split: str
+    better: str
+    original: float
+    value: float
+    difference: float
+    stderr: float
+    count: int
+    limit: str = ""
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class CostRecord:
+    """What a program costs.
+
+    Attributes:
+        flops: floating-point operations (2 per multiply-add) at `sizes`.
+        file_bytes: bytes of the largest exported file set, 0 when nothing was written.
+    """
+
+    parameters: int
+    bytes: int
+    flops: float
+    sizes: dict[str, int]
+    kv_bytes_per_token: int
+    nodes: int
+    file_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BranchRecord:
+    """One branch of the original model, for the per-branch table.
+
+    Attributes:
+        similarity: mean cosine between the stream before and after the branch, or None.
+        outcome: `kept`, `dropped`, or what else was done to it.
+    """
+
+    label: str
+    kind: str
+    layer: int
+    parameters: int
+    flops: float
+    similarity: float | None
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A labelled square matrix, drawn as a heat map."""
+
+    title: str
+    labels: list[str]
+    values: list[list[float]]
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class LatencyRecord:
+    """One comparison of original and result in one runner; times in milliseconds, medians.
+
+    Attributes:
+        ratio: median of the per-round ratios optimized / original; below 1 is faster.
+        spread: quartiles of those ratios.
+        failure: why the runner gave no figure, or "".
+    """
+
+    runner: str
+    sizes: str
+    original_ms: float
+    optimized_ms: float
+    ratio: float
+    spread: tuple[float, float]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to get the same result again from the same model.
+
+    Attributes:
+        passes: per pass its spec and the keys of the actions that were applied.
+        model_digest: SHA-256 of the source's weights; `graph_digest`: of the traced graph.
+        data_digest: SHA-256 of the data, or "".
+    """
+
+    passes: list[tuple[str, list[str]]]
+    model: str
+    model_digest: str
+    graph_digest: str
+    data_digest: str
+    seed: int
+    version: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything a run leaves for reports.
+
+    Attributes:
+        verdict: `met`, `missed`, `no budget` or `dry run`.
+        dims: named dimensions with their ranges in words.
+        machine: CPU, threads, versions.
+    """
+
+    version: str
+    command: str
+    model: str
+    model_kind: str
+    model_digest: str
+    data: str
+    data_digest: str
+    budget: str
+    verdict: str
+    before: CostRecord
+    after: CostRecord
+    dims: dict[str, str]
+    passes: list[PassRecord]
+    actions: list[ActionRecord]
+    skips: list[SkipRecord]
+    quality: list[QualityRecord]
+    branches: list[BranchRecord]
+    matrices: list[Matrix]
+    latency: list[LatencyRecord]
+    recipe: Recipe
+    notes: list[str]
+    machine: dict[str, str]
+    seconds: float
+
+    def to_json(self) -> str:
+        """Returns the record as JSON text, indented, with stable key order."""
+        return json.dumps(asdict(self), indent=1, allow_nan=True)
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """Builds a record of class `kind` from parsed JSON.
+
+    Raises:
+        TypeError, KeyError: the data has not the fields of the class.
+    """
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind) if f.name in data]  # type: ignore[arg-type]
+    return kind(**{name: _value(hints[name], data[name]) for name in names})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    if get_origin(hint) is list:
+        return [_value(get_args(hint)[0], item) for item in value]
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        return tuple(_value(k, item) for k, item in zip(kinds, value, strict=True))
+    return value
