@@ -43,6 +43,27 @@ LINEARS = frozenset({"linear", "mm", "addmm", "matmul", "bmm", "conv1d", "conv2d
 """ATen ops that are linear in their first operand when the others are weights."""
 
 
+COMMUTATIVE = frozenset(
+    {
+        "add", "mul", "eq", "ne", "logical_and", "logical_or", "logical_xor", "bitwise_and",
+        "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__", "and_", "or_",
+    }
+)  # fmt: skip
+"""ATen ops and Python operators whose first two operands may change places, bit for bit.
+
+Not `maximum` and `minimum`: which zero they return may depend on the order.
+"""
+
+CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16"})
+"""ATen ops that change the dtype or layout of a tensor and nothing else."""
+
+COPIES = frozenset({"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "alias", "detach"})
+"""ATen ops that return the elements of their operand in the same places."""
+
+JOINS = frozenset({"cat", "stack", "concat", "concatenate"})
+"""ATen ops that put tensors side by side and compute nothing."""
+
+
 def base_name(node: fx.Node) -> str:
     """Returns the op's name without namespace and overload (`linear`), or "" for a non-call."""
     if node.op != "call_function":
@@ -88,10 +109,7 @@ def is_pure(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         trusted = target.namespace in TRUSTED_NAMESPACES
         return (
-            trusted
-            and not target._schema.is_mutable
-            and not _is_check(node)
-            and not is_random(node)
+            trusted and not target._schema.is_mutable and not is_check(node) and not is_random(node)
         )
     return target in SIZE_FUNCTIONS or target is operator.getitem
 
@@ -100,6 +118,20 @@ def is_elementwise(node: fx.Node) -> bool:
     """Whether each output element depends on the operands' elements at the same place only."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def is_commutative(node: fx.Node) -> bool:
+    """Whether the first two operands may change places without changing a bit."""
+    if base_name(node) not in COMMUTATIVE:
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return namespace(node) == "aten" and bool(node.kwargs.get("alpha", 1) == 1)
+
+
+def is_check(node: fx.Node) -> bool:
+    """Whether the op only raises when a condition does not hold."""
+    return base_name(node).startswith(("_assert", "sym_constrain", "_check"))
 
 
 def is_view(node: fx.Node) -> bool:
@@ -137,7 +169,3 @@ def argument(node: fx.Node, *names: str) -> Any:
 
 def _has_zero_rate(node: fx.Node) -> bool:
     return bool(argument(node, "p") == 0)
-
-
-def _is_check(node: fx.Node) -> bool:
-    return base_name(node).startswith(("_assert", "sym_constrain", "_check"))

@@ -41,6 +41,13 @@ class WeightRef:
 
 
 @dataclass(frozen=True)
+class Literal:
+    """Stands for a plain number in the arguments of the readers: a size that is constant."""
+
+    value: int | float | bool
+
+
+@dataclass(frozen=True)
 class Insert:
     """Adds a node that calls `target`, just before the node called `before`.
 
@@ -60,7 +67,7 @@ class Replace:
     """Lets every reader of the value `old` read `new` instead. `new` may be an inserted node."""
 
     old: str
-    new: str | WeightRef
+    new: str | WeightRef | Literal
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,14 @@ class DropState:
     output: str
 
 
-Edit = Insert | Replace | SetArgument | SetWeight | DropState
+@dataclass(frozen=True)
+class Erase:
+    """Removes a node that nobody reads. What only it read goes with it."""
+
+    node: str
+
+
+Edit = Insert | Replace | SetArgument | SetWeight | DropState | Erase
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from redpass.plan import (
     Action,
     DropState,
     Edit,
+    Erase,
     Insert,
+    Literal,
     Ref,
     Replace,
     SetArgument,
@@ -67,7 +69,9 @@ class _Draft:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.weights = dict(self.program.weights)
         self.signature = self.program.signature
-        self.readers = {str(n.target): n for n in self.graph.nodes if n.op == "get_attr"}
+        self.readers: dict[str, fx.Node] = {
+            str(n.target): n for n in self.graph.nodes if n.op == "get_attr"
+        }
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.inputs = dict(zip([p.name for p in self.signature.inputs], inputs, strict=True))
         self.mode = fake_mode(self.program)
@@ -107,12 +111,19 @@ class _Draft:
         self.inserted.add(node)
 
     def _Replace(self, edit: Replace) -> None:
-        old, new = self._find(edit.old), self._operand(edit.new)
-        if old is new:
-            return
-        # Nodes this action inserted may compute the new value from the old one: they keep it.
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inserted)
-        self.moved[old] = new
+        old = self._find(edit.old)
+        if isinstance(edit.new, Literal):
+            set_literal(old, edit.new.value)
+        elif (new := self._operand(edit.new)) is not old:
+            # Nodes this action inserted may compute the new value from the old one: they keep it.
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inserted)
+            self.moved[old] = new
+
+    def _Erase(self, edit: Erase) -> None:
+        node = self.nodes.pop(edit.node)
+        if node.users:
+            raise PassError("a node that is read cannot be erased", place=edit.node)
+        self.graph.erase_node(node)
 
     def _SetArgument(self, edit: SetArgument) -> None:
         node = self.nodes[edit.node]
@@ -179,6 +190,13 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> Any:
     kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def set_literal(old: fx.Node, value: float) -> None:
+    """Writes `value` into the arguments of every reader of `old`."""
+    for reader in list(old.users):
+        reader.args = fx.node.map_arg(reader.args, lambda node: value if node is old else node)
+        reader.kwargs = fx.node.map_arg(reader.kwargs, lambda node: value if node is old else node)
 
 
 def drop_dead(graph: fx.Graph) -> int:
