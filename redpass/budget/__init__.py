@@ -1,1 +1,5 @@
-"""See ARCHITECTURE.md."""
+"""Budgets: what may be lost, what must be saved, and the search between the two."""
+
+from redpass.budget.spec import Budget, Goal, Limit, parse_budget
+
+__all__ = ["Budget", "Goal", "Limit", "parse_budget"]

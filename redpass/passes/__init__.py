@@ -1,1 +1,35 @@
-"""See ARCHITECTURE.md."""
+"""The passes, in the order the pipeline runs them. Adding one: a file, and a line here."""
+
+from redpass.passes.drop_branches import DropBranches
+from redpass.passes.drop_dead_nodes import DropDeadNodes
+from redpass.passes.drop_noops import DropNoops
+from redpass.passes.fold_constants import FoldConstants
+from redpass.passes.merge_equal_nodes import MergeEqualNodes
+from redpass.passes.merge_equal_sizes import MergeEqualSizes
+from redpass.passes.tie_equal_weights import TieEqualWeights
+from redpass.plan import Pass
+
+CLEANUP: tuple[type[Pass], ...] = (
+    DropNoops,
+    MergeEqualSizes,
+    FoldConstants,
+    MergeEqualNodes,
+    TieEqualWeights,
+    DropDeadNodes,
+)
+"""Exact, and keeps the structure readable; runs to a fixpoint, first and last."""
+
+REDUCE: tuple[type[Pass], ...] = (DropBranches,)
+"""Approximate: each runs only under a budget, or when asked for by name."""
+
+FUSE: tuple[type[Pass], ...] = ()
+"""Exact, and hides structure (merged projections, folded gains): after everything else."""
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (*CLEANUP, *REDUCE, *FUSE)}
+"""Every pass by the name users type."""
+
+
+def default_pipeline(approximate: bool) -> tuple[Pass, ...]:
+    """Returns the passes of a run in order; with `approximate` those that need a budget too."""
+    middle = REDUCE if approximate else ()
+    return tuple(kind() for kind in (*CLEANUP, *middle, *FUSE, *CLEANUP))

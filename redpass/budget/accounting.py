@@ -1,0 +1,34 @@
+"""What a program costs, as one record, at stated sizes."""
+
+from __future__ import annotations
+
+from redpass.analysis import cost
+from redpass.facts import Facts
+from redpass.program import Program
+from redpass.record import CostRecord
+
+USUAL = {"batch": 1, "seq": 128, "past": 0}
+"""Sizes FLOPs are counted at when the user names none."""
+
+
+def usual_sizes(program: Program) -> dict[str, int]:
+    """Returns one size per named dimension: the usual one, else the smallest that is allowed."""
+    return {
+        name: min(max(USUAL.get(name, 8), low), high if high is not None else 1 << 30)
+        for name, (low, high) in program.signature.dims.items()
+    }
+
+
+def cost_record(program: Program, sizes: dict[str, int], file_bytes: int = 0) -> CostRecord:
+    """Returns the counted costs of `program`, FLOPs at `sizes`."""
+    found = cost(program, Facts(program))
+    known = {name: sizes[name] for name in program.signature.dims if name in sizes}
+    return CostRecord(
+        parameters=found.parameters,
+        bytes=found.bytes,
+        flops=float(found.flops(known)),
+        sizes=dict(sizes),
+        kv_bytes_per_token=found.kv_bytes_per_token,
+        nodes=len(program.graph.nodes),
+        file_bytes=file_bytes,
+    )

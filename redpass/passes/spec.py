@@ -1,0 +1,83 @@
+"""Pass specs: `drop_branches(min_similarity=0.9)` as text, and back.
+
+A pass prints to its own spec, so a pipeline is a string that can be pasted into a bug report.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from redpass.errors import UsageError, nearest
+from redpass.passes import PASSES
+from redpass.plan import Pass
+
+
+def parse_passes(text: str) -> tuple[Pass, ...]:
+    """Parses a comma-separated list of specs.
+
+    Raises:
+        UsageError: not a list of specs, or an unknown pass or option (nearest match named).
+    """
+    try:
+        items = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+    except SyntaxError as error:
+        hint = "write e.g. 'drop_noops,drop_branches(min_similarity=0.9)'"
+        raise UsageError(
+            f"'{text}' is not a list of passes", place="--passes", hint=hint
+        ) from error
+    return tuple(_parse(item) for item in items)
+
+
+def format_pass(pass_: Pass) -> str:
+    """Returns the spec of a pass: its name, and the options that differ from their defaults."""
+    changed = [
+        f"{option.name}={getattr(pass_, option.name)!r}"
+        for option in _options(type(pass_))
+        if getattr(pass_, option.name) != _default(option)
+    ]
+    return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name
+
+
+def _parse(item: ast.expr) -> Pass:
+    call = item if isinstance(item, ast.Call) else ast.Call(item, [], [])
+    name = ast.unparse(call.func)
+    if name not in PASSES:
+        raise UsageError(f"unknown pass '{name}'", place="--passes", hint=nearest(name, PASSES))
+    kind = PASSES[name]
+    known = {option.name: option for option in _options(kind)}
+    given: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg not in known:
+            hint = nearest(str(keyword.arg), known) if known else f"{name} has no options"
+            raise UsageError(f"unknown option '{keyword.arg}'", place=name, hint=hint)
+        given[keyword.arg] = _literal(keyword.value, known[keyword.arg], name)
+    if call.args:
+        raise UsageError("options are given by name", place=name, hint=f"{name}(option=value)")
+    return kind(**given)
+
+
+def _literal(value: ast.expr, option: Field[Any], name: str) -> Any:
+    try:
+        found = ast.literal_eval(value)
+    except ValueError:
+        found = ast.unparse(value)  # a bare word stands for itself: kinds=attention
+    default = _default(option)
+    if isinstance(default, tuple) and not isinstance(found, tuple):
+        found = (found,)
+    fits = isinstance(found, type(default)) or (isinstance(default, float) and type(found) is int)
+    if default is not None and not fits:
+        kind = type(default).__name__
+        raise UsageError(f"'{option.name}' takes a {kind}, found {found!r}", place=name)
+    return found
+
+
+def _options(kind: type[Pass]) -> tuple[Field[Any], ...]:
+    return tuple(fields(kind))  # type: ignore[arg-type]
+
+
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return None if option.default is MISSING else option.default

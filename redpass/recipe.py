@@ -1,0 +1,98 @@
+"""Recipes: replaying a run without its data, and finding the action that broke a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from redpass.config import Settings
+from redpass.engine import Engine, first_bad
+from redpass.errors import LoadError, PassError
+from redpass.passes.spec import parse_passes
+from redpass.plan import Action, Pass
+from redpass.program import Program
+from redpass.progress import Listener, Silent
+from redpass.record import Recipe, from_json
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a `plan.json`. Raises `LoadError` when it is missing or not a recipe."""
+    try:
+        return from_json(Recipe, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LoadError(
+            f"not a recipe: {error}", file=path, hint="give the plan.json of an artifact"
+        ) from error
+
+
+def replay(
+    program: Program,
+    recipe: Recipe,
+    *,
+    limit: int | None = None,
+    listener: Listener | None = None,
+) -> Program:
+    """Applies a recipe to the model it was made from. Every step is checked as in the first run.
+
+    Args:
+        limit: apply only the first `limit` actions.
+
+    Raises:
+        LoadError: the model is not the one the recipe was made from.
+        PassError: an action of the recipe is not planned any more, or fails its check.
+    """
+    _check_same(program, recipe)
+    engine = Engine(program, Settings(limit=limit), listener or Silent(), recipe.seed)
+    for spec, keys in recipe.passes:
+        wanted = keys if limit is None else keys[: max(0, limit - engine.applied)]
+        if wanted:
+            _replay_pass(engine, parse_passes(spec)[0], wanted)
+    return engine.program
+
+
+def bisect(program: Program, recipe: Recipe, is_good: Callable[[Program], bool]) -> str | None:
+    """Returns the key of the first action after which the result is bad, None if it never is.
+
+    Args:
+        is_good: judges a program; asked about log2 of the number of actions.
+
+    Raises:
+        PassError: the model is bad before any action.
+    """
+    keys = [key for _, actions in recipe.passes for key in actions]
+    if is_good(replay(program, recipe)):
+        return None
+    if not is_good(program):
+        raise PassError("the model is bad before any action", hint="bisect needs a good start")
+    count = first_bad(len(keys), lambda n: not is_good(replay(program, recipe, limit=n)))
+    return keys[count - 1]
+
+
+def _check_same(program: Program, recipe: Recipe) -> None:
+    origin = program.origin
+    pairs = (
+        ("weights", recipe.model_digest, origin.digest),
+        ("graph", recipe.graph_digest, program.digest),
+    )
+    for what, wanted, found in pairs:
+        if wanted != found:
+            raise LoadError(
+                f"its {what} differ from those the recipe was made from "
+                f"({found[:12] or 'none'} against {wanted[:12] or 'none'})",
+                file=origin.path,
+                hint=f"the recipe belongs to {recipe.model}, redpass {recipe.version}",
+            )
+
+
+def _replay_pass(engine: Engine, pass_: Pass, keys: list[str]) -> None:
+    planned = {action.key: action for action in engine.plan(pass_).actions}
+    missing = [key for key in keys if key not in planned]
+    if missing:
+        raise PassError("an action of the recipe is not planned any more", place=missing[0])
+    actions: list[Action] = [planned[key] for key in keys]
+    after, check = engine.trial(pass_, actions)
+    if not check.passed:
+        raise PassError(f"the recipe fails its check: {check.reason}", place=pass_.name)
+    engine.adopt(after, pass_, actions, check)
+    engine.applied += len(actions)
