@@ -1,0 +1,40 @@
+"""The documents' Python examples run, in order, each file in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def blocks(name: str) -> list[str]:
+    return BLOCK.findall((ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["docs/writing-a-pass.md"])
+def test_examples_run(name, capsys):
+    found = blocks(name)
+    assert found
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in found:
+        exec(compile(block, name, "exec"), namespace)
+    assert "applied drop_double_negation.pair" in capsys.readouterr().out
+
+
+def test_every_file_the_architecture_names_exists():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"`(redpass/[\w/.]+|tests/[\w/.]+)`", text))
+    assert named
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+def test_docs_name_every_environment_variable():
+    from redpass.config import Settings
+
+    text = (ROOT / "docs/options.md").read_text()
+    for field in Settings.__dataclass_fields__:
+        assert f"`REDPASS_{field.upper()}`" in text
