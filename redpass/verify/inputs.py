@@ -1,0 +1,190 @@
+"""Valid random inputs for any sizes: read off the graph, not off a table of known models.
+
+An integer input that an embedding reads gets numbers below its rows; one that counts positions
+counts from the past length; one that masks is ones. Floats are normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from redpass import ops
+from redpass.program import Port, Program
+from redpass.verify.sizes import concrete, parse_size
+
+USUAL: Mapping[str, int] = {"batch": 2, "seq": 7, "past": 3}
+"""Sizes of well-known dimensions; any other gets the smallest it allows, at least 3."""
+
+CHECKED: tuple[Mapping[str, int], ...] = (
+    {"batch": 3, "seq": 5, "past": 0},
+    {"batch": 1, "seq": 1, "past": 6},
+    {"batch": 3, "seq": 17, "past": 4},
+    {"batch": 1, "seq": 29, "past": 0},
+)
+"""The sizes `check_inputs` goes through: prefill, decode, and longer odd ones."""
+
+STEPS = 1000
+"""Integers no embedding bounds (the time steps of a denoiser) are below this."""
+
+
+def random_inputs(
+    program: Program, sizes: Mapping[str, int] | None = None, *, seed: int = 0
+) -> dict[str, Tensor]:
+    """Returns valid random inputs by port name.
+
+    Args:
+        sizes: dimension name -> size; the others get a usual one. Sizes outside the program's
+            ranges are moved into them.
+        seed: equal seeds give equal inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    full = _all_sizes(program, dict(sizes or {}))
+    past = _past(full)
+    return {
+        port.name: _value(program, port, concrete(port.shape, full), past, generator)
+        for port in program.signature.inputs
+    }
+
+
+def check_inputs(program: Program, *, rounds: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Returns the inputs before and after are compared on.
+
+    Batch 1 and 3, sequences of 1, 5 and longer odd lengths, past 0 and some; where an input masks
+    the sequence, padding on the right in one round and on the left in another.
+    """
+    found = []
+    for number, sizes in enumerate(CHECKED[:rounds]):
+        limit = _longest(program)
+        cut = {
+            name: min(size, max(1, limit // 2)) if name != "batch" else size
+            for name, size in sizes.items()
+        }
+        values = random_inputs(program, cut, seed=seed + number)
+        side = {0: "right", 2: "left"}.get(number)
+        found.append(_padded(program, values, side) if side else values)
+    return found
+
+
+def _all_sizes(program: Program, sizes: dict[str, int]) -> dict[str, int]:
+    dims = dict(program.signature.dims)
+    names = {
+        str(item)
+        for port in program.signature.inputs
+        for size in port.shape
+        if isinstance(size, str)
+        for item in parse_size(size).free_symbols
+    }
+    full = {}
+    for name in sorted(names | dims.keys()):
+        low, high = dims.get(name, (1, None))
+        size = sizes.get(name, USUAL.get(name, max(low, 3)))
+        full[name] = max(low, size if high is None else min(size, high))
+    return full
+
+
+def _past(sizes: Mapping[str, int]) -> int:
+    return sizes.get("past", 0)
+
+
+def _value(
+    program: Program, port: Port, shape: tuple[int, ...], past: int, generator: torch.Generator
+) -> Tensor:
+    if "mask" in port.name:
+        return _open_mask(port, shape)
+    if port.dtype.is_floating_point or port.dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(port.dtype)
+    if port.dtype is torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    if "position" in port.name and shape:
+        counted = torch.arange(past, past + shape[-1], dtype=port.dtype)
+        return counted.expand(shape).contiguous()
+    rows = _rows(program.input_node(port.name))
+    if rows is None and len(shape) >= 2:
+        return _open_mask(port, shape)
+    return torch.randint(0, rows or STEPS, shape, generator=generator, dtype=port.dtype)
+
+
+def _open_mask(port: Port, shape: tuple[int, ...]) -> Tensor:
+    """A mask that hides nothing: ones, or zeros where it is added to scores."""
+    filled = 0 if port.dtype.is_floating_point else 1
+    return torch.full(shape, filled, dtype=port.dtype)
+
+
+def _rows(node: fx.Node) -> int | None:
+    """The fewest rows of the embeddings that `node`'s elements index, or None."""
+    found = [_table_rows(reader) for reader in _index_readers(node)]
+    return min(found, default=None)
+
+
+def _index_readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Embeddings that read the input as an index, through views, copies and casts."""
+    todo, seen = [node], {node}
+    while todo:
+        value = todo.pop()
+        for user in value.users:
+            if ops.is_call(user, "embedding") and user.args[1] is value:
+                yield user
+            elif user not in seen and (ops.is_view(user) or ops.is_call(user, *_UNCHANGED)):
+                seen.add(user)
+                todo.append(user)
+
+
+_UNCHANGED = ("to", "_to_copy", "clone", "contiguous", "where", "masked_fill", "clamp", "ne")
+
+
+def _table_rows(embedding: fx.Node) -> int:
+    table = embedding.args[0]
+    assert isinstance(table, fx.Node)
+    return int(table.meta["val"].shape[0])
+
+
+def _longest(program: Program) -> int:
+    """The fewest rows of the embeddings that no input's elements index: position tables."""
+    direct = {
+        reader
+        for node in program.inputs
+        if "position" not in node.name
+        for reader in _index_readers(node)
+    }
+    tables = [
+        _table_rows(node)
+        for node in program.graph.nodes
+        if ops.is_call(node, "embedding") and node not in direct and _counts(node)
+    ]
+    return min(tables, default=2**31)
+
+
+def _counts(embedding: fx.Node) -> bool:
+    """Whether the index is made of a range, a running sum or a position input."""
+    todo, seen = [embedding.args[1]], set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if ops.is_call(node, "arange", "cumsum") or "position" in node.name:
+            return True
+        todo.extend(node.all_input_nodes)
+    return False
+
+
+def _padded(program: Program, values: dict[str, Tensor], side: str) -> dict[str, Tensor]:
+    """Masks out part of every second row, wherever an integer or bool input masks a sequence."""
+    padded = dict(values)
+    for port in program.signature.inputs:
+        value = values[port.name]
+        masks = "mask" in port.name and not port.dtype.is_floating_point
+        if masks and value.dim() == 2 and value.shape[1] > 2:
+            padded[port.name] = _pad(value, side)
+    return padded
+
+
+def _pad(mask: Tensor, side: str) -> Tensor:
+    hidden = max(1, mask.shape[1] // 3)
+    mask = mask.clone()
+    part: Sequence[int] | slice = slice(0, hidden) if side == "left" else slice(-hidden, None)
+    mask[::2, part] = 0
+    return mask
