@@ -7,7 +7,7 @@ dead, and returns a new `Program`. The program it was given is untouched; weight
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,10 +184,17 @@ def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
-def fake_call(mode: FakeTensorMode, node: fx.Node) -> Any:
-    """Returns what calling `node` gives on fake values. Raises whatever the op raises."""
-    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+def fake_call(
+    mode: FakeTensorMode, node: fx.Node, instead: Mapping[fx.Node, Any] | None = None
+) -> Any:
+    """Returns what calling `node` gives on fake values. Raises whatever the op raises.
+
+    Args:
+        instead: values to take in place of the ones the operands carry.
+    """
+    known = instead or {}
+    args = fx.node.map_arg(node.args, lambda n: known[n] if n in known else n.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n] if n in known else n.meta["val"])
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
