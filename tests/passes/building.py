@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from redpass.frontend import fakes
+from redpass.frontend.dims import evaluate
 from redpass.program import Origin, Port, Program, Signature
 from redpass.rewrite import fake_call, fake_tensor
 
 aten = torch.ops.aten
-HINTS = {"batch": 3, "seq": 11, "past": 5, "past + seq": 17, "width": 13, "other": 19}
-"""Example size of each dimension name; equal names get one symbol because sizes are equal."""
+SIZES = {"batch": 3, "seq": 11, "past": 5, "width": 13}
+"""An example size of each dimension name."""
 
 
 class Builder:
@@ -32,19 +30,19 @@ class Builder:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        environment = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+        self.symbols = {name: fakes._symbol(environment, name, n) for name, n in SIZES.items()}
         self.weights: dict[str, Tensor] = {}
         self.ports: list[Port] = []
 
     def input(self, name: str, *shape: int | str, dtype: torch.dtype = torch.float32) -> fx.Node:
-        """Adds an input; a string in `shape` is a named dimension out of `HINTS`."""
-        sizes = [HINTS[size] if isinstance(size, str) else size for size in shape]
-        kinds = [DimDynamic.DUCK if isinstance(s, str) else DimDynamic.STATIC for s in shape]
+        """Adds an input; strings in `shape` are expressions over the names in `SIZES`."""
         node = self.graph.placeholder(name.replace(".", "_"))
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
-        example = torch.zeros(sizes, dtype=dtype)
-        node.meta["val"] = self.mode.from_tensor(example, symbolic_context=context)
-        self.ports.append(Port(name, dtype, tuple(shape)))
+        with self.mode:
+            sizes = [evaluate(size, self.symbols) for size in shape]
+            node.meta["val"] = torch.empty(sizes, dtype=dtype)
+        self.ports.append(Port(name, dtype, shape))
         return node
 
     def weight(self, name: str, value: Tensor) -> fx.Node:
@@ -70,7 +68,8 @@ class Builder:
             Port(name, output.meta["val"].dtype, tuple(_size(s) for s in output.meta["val"].shape))
             for name, output in zip(names, outputs, strict=True)
         ]
-        signature = Signature(tuple(self.ports), tuple(ports), state, {})
+        dims = {name: (1, None) for name in SIZES if any(name in str(p) for p in self.ports)}
+        signature = Signature(tuple(self.ports), tuple(ports), state, dims)
         return Program(self.graph, self.weights, signature, Origin("module", "built by a test"))
 
 
