@@ -150,6 +150,25 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def layout(node: fx.Node) -> Any:
+    """Returns dtype, sizes and strides of the node's value, as something to compare.
+
+    Sizes are expressions over the symbols; comparing them adds no guards. A value that is no
+    tensor has its type.
+    """
+    return _layout(node.meta.get("val"))
+
+
+def _layout(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        sizes = [
+            [size.node.expr if isinstance(size, torch.SymInt) else size for size in numbers]
+            for numbers in (value.shape, value.stride())
+        ]
+        return value.dtype, *sizes
+    return [_layout(v) for v in value] if isinstance(value, list | tuple) else type(value)
+
+
 def argument(node: fx.Node, *names: str) -> Any:
     """Returns the value of the argument called one of `names`, its schema default if omitted.
 
