@@ -1,0 +1,115 @@
+"""Fake values of a graph in core form, with symbols named as the dimensions are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from redpass.errors import TraceError
+from redpass.frontend.dims import Dims, evaluate
+from redpass.frontend.normalise import Core
+from redpass.program import Port, Signature, output_node
+from redpass.rewrite import fake_call, fake_tensor
+
+
+def propagate(core: Core, dims: Dims, outputs: tuple[str, ...]) -> Signature:
+    """Gives every node of `core` its fake value and returns the signature.
+
+    Args:
+        core: a graph in core form and its weights; its nodes' `val` are overwritten.
+        dims: the inputs, in order, and the names of their axes.
+        outputs: the names of the outputs.
+
+    Raises:
+        TraceError: an op that cannot be computed on symbolic sizes.
+    """
+    mode, symbols = symbolic_mode(dims)
+    inputs = iter(dims.example.items())
+    for node in core.graph.nodes:
+        if node.op == "placeholder":
+            name, value = next(inputs)
+            node.meta["val"] = _input(mode, value, dims.axes[name], symbols)
+        elif node.op == "get_attr":
+            node.meta["val"] = fake_tensor(mode, core.weights[str(node.target)])
+        elif node.op == "call_function":
+            node.meta["val"] = _call(mode, node)
+    return _signature(core.graph, dims, outputs)
+
+
+def symbolic_mode(dims: Dims) -> tuple[FakeTensorMode, dict[str, SymInt]]:
+    """Returns a fake mode and one symbol for each named dimension."""
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+    symbols = {name: _symbol(environment, name, size) for name, size in dims.sizes.items()}
+    return mode, symbols
+
+
+def _symbol(environment: ShapeEnv, name: str, size: int) -> SymInt:
+    source = ConstantSource(name)
+    with _named(name):
+        symbol = environment.create_symbol(size, source, DimDynamic.DYNAMIC)
+    created: Any = environment.create_symintnode(symbol, hint=size, source=source)
+    return created  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Lets the next symbol be called `name` instead of `s7`."""
+    original = symbolic_shapes.make_symbol
+    # torch reads the kind of a symbol off its first letters: u and z are not plain sizes.
+    safe = f"n_{name}" if name[0] in "uzUZ" else name
+
+    def make(_kind: Any, _number: Any, **assumptions: Any) -> sympy.Symbol:
+        return sympy.Symbol(safe, **assumptions)
+
+    symbolic_shapes.make_symbol = make  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        symbolic_shapes.make_symbol = original
+
+
+def _input(
+    mode: FakeTensorMode, value: Tensor, axes: tuple[str | int, ...], symbols: dict[str, SymInt]
+) -> Tensor:
+    shape = [evaluate(axis, symbols) for axis in axes]
+    device = "cpu" if value.is_meta else value.device
+    with mode:
+        return torch.empty(shape, dtype=value.dtype, device=device)
+
+
+def _call(mode: FakeTensorMode, node: fx.Node) -> Any:
+    try:
+        return fake_call(mode, node)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise TraceError(
+            f"{node.target} cannot be computed on symbolic sizes: {first[0]}",
+            place=node.name,
+            hint="trace with fixed sizes: give numbers in --input 'name:dtype[sizes]'",
+        ) from error
+
+
+def _signature(graph: fx.Graph, dims: Dims, names: tuple[str, ...]) -> Signature:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values: Any = output_node(graph).args[0]
+    return Signature(
+        inputs=tuple(map(_port, dims.example, inputs)),
+        outputs=tuple(map(_port, names, values)),
+        dims=dict(dims.ranges),
+    )
+
+
+def _port(name: str, node: fx.Node) -> Port:
+    value = node.meta["val"]
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return Port(name, value.dtype, shape)

@@ -1,0 +1,139 @@
+"""`load`: one door for every source of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redpass.errors import LoadError, UsageError
+from redpass.frontend import adapt
+from redpass.frontend.adapt import Adapted
+from redpass.frontend.trace import trace
+from redpass.program import Origin, Program
+
+Example = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+def load(
+    source: nn.Module | str | Path,
+    *,
+    example: Example | None = None,
+    inputs: Sequence[str] = (),
+    data: str | Path | None = None,
+    tokenizer: Any = None,
+    task: str | None = None,
+    module: str | None = None,
+    allow: Sequence[str] = (),
+    unsafe_pickle: bool = False,
+    fake: bool = False,
+) -> Program:
+    """Loads a model and traces it to a `Program`. Runs no code that comes with the file.
+
+    Args:
+        source: a module; a Hugging Face folder; a `.pt2`; or a `.pt`/`.pth`.
+        example: example inputs by name, or as the forward's positional arguments.
+        inputs: what the inputs look like, such as `input_ids:int64[batch,seq]`.
+        data: a file whose first rows serve as example inputs.
+        tokenizer: for `data` that is text: a folder or a tokenizer.
+        task: overrides what the source says it does.
+        module: `package.module:factory` that builds the module for a bare state dict.
+        allow: classes a pickle may name besides PyTorch's own, as `package.Class`.
+        unsafe_pickle: lets a pickle run whatever it says. The only way round the refusal.
+        fake: trace on the meta device; the weights carry no data.
+
+    Raises:
+        LoadError: a file that is missing, damaged or refused.
+        TraceError: the model cannot be run on its example inputs, or cannot be traced.
+        UsageError: options that do not fit each other.
+    """
+    if isinstance(source, nn.Module):
+        origin = Origin("module", f"{type(source).__module__}.{type(source).__qualname__}")
+        return _trace(source, origin, example, inputs, task, fake)
+    raise LoadError("not yet")
+
+
+def _trace(
+    module: nn.Module,
+    origin: Origin,
+    example: Example | None,
+    inputs: Sequence[str],
+    task: str | None,
+    fake: bool,
+) -> Program:
+    adapted = _adapt(module, example, inputs)
+    origin = replace(origin, task=task or adapted.task, notes=(*origin.notes, *adapted.notes))
+    program = trace(
+        adapted.module,
+        adapted.example,
+        dims=adapted.dims,
+        state=adapted.state,
+        origin=origin,
+        call=adapted.call,
+        ranges=adapted.ranges,
+    )
+    return _without_data(program) if fake else program
+
+
+def _without_data(program: Program) -> Program:
+    weights = {name: value.to("meta") for name, value in program.weights.items()}
+    return replace(program, weights=weights, origin=replace(program.origin, digest=""))
+
+
+def _adapt(module: nn.Module, example: Example | None, inputs: Sequence[str]) -> Adapted:
+    if example is not None:
+        values = _by_name(module, example)
+        return Adapted(module, values, guess_dims(values))
+    if adapt.is_transformers(module):
+        return adapt.adapt_transformers(module)
+    if adapt.is_diffusers(module):
+        return adapt.adapt_diffusers(module)
+    raise UsageError(
+        "a module needs example inputs",
+        hint="pass example={'name': tensor}, or inputs=['name:float32[batch,16]']",
+    )
+
+
+def _by_name(module: nn.Module, example: Example) -> dict[str, Tensor]:
+    if isinstance(example, Mapping):
+        return dict(example)
+    if isinstance(example, Tensor):
+        example = (example,)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds]
+    if len(example) > len(names):
+        raise UsageError(
+            f"{len(example)} example inputs for a forward that takes {len(names)}",
+            hint="pass example={'name': tensor}",
+        )
+    return dict(zip(names, example, strict=False))
+
+
+def guess_dims(values: Mapping[str, Tensor]) -> dict[str, tuple[str | int, ...]]:
+    """Names the axes of example inputs nobody described.
+
+    The first axis is `batch` when all inputs agree on it; the second of a rank-2 integer input
+    is `seq`, and of any other input of rank 2 or 3 with the same size.
+    """
+    first = {value.shape[0] for value in values.values() if value.dim()}
+    length = next(
+        (v.shape[1] for v in values.values() if v.dim() == 2 and v.dtype in INDEX_TYPES), None
+    )
+    dims: dict[str, tuple[str | int, ...]] = {}
+    for name, value in values.items():
+        axes: list[str | int] = list(value.shape)
+        if axes and len(first) == 1:
+            axes[0] = "batch"
+        if length is not None and value.dim() in (2, 3) and axes[1] == length:
+            axes[1] = "seq"
+        dims[name] = tuple(axes)
+    return dims
+
+
+INDEX_TYPES = (torch.int64, torch.int32)
