@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, int], Tensor]
 
+SAVE_EVERY = 200
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -41,15 +43,15 @@ class Spent:
 def fit(module: nn.Module, loss: Loss, schedule: Schedule, checkpoint: Path) -> Spent:
     """Train `module` in place; `loss(module, step)` gives the scalar to minimise.
 
-    State is written to `checkpoint` every 200 steps and picked up from there, so an interrupted run
-    goes on. The loss must depend on the step number alone (not on hidden random state), which makes
-    a resumed run equal to an unbroken one.
+    State is written to `checkpoint` every `SAVE_EVERY` steps and picked up from there. The loss
+    must depend on the step number alone (not on hidden random state): then a resumed run equals
+    an unbroken one.
     """
     optimizer = _optimizer(module, schedule)
     first, wall, processor = _resume(module, optimizer, checkpoint)
     module.train()
     while first < schedule.steps:
-        last = min(first + 200, schedule.steps)
+        last = min(first + SAVE_EVERY, schedule.steps)
         began = time.monotonic(), time.process_time()
         mean = _run(module, loss, optimizer, schedule, range(first, last))
         wall += time.monotonic() - began[0]

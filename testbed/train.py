@@ -63,6 +63,9 @@ def _train(name: str) -> tuple[nn.Module, Spent]:
 
 def _store(name: str, module: nn.Module) -> None:
     folder = store.WEIGHTS / name
+    if name == "mixtral":
+        # Router scores serve the balancing loss of training; users want the logits alone.
+        module.config.output_router_logits = False
     store.save(module, folder)
     if name in language.RECIPES:
         tokenizer = corpus.shared_tokenizer(language.VOCABULARY)
