@@ -36,15 +36,15 @@ def random_inputs(
     """Returns valid random inputs by port name.
 
     Args:
-        sizes: dimension name -> size; the others get a usual one. Sizes outside the program's
-            ranges are moved into them.
-        seed: equal seeds give equal inputs.
+        sizes: dimension name -> size, taken as it is; the others get a usual size within the
+            program's ranges.
+        seed: seeds a generator of its own; equal seeds give equal inputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    full = _all_sizes(program, dict(sizes or {}))
-    past = _past(full)
+    full = {name: _within(program, name, USUAL.get(name, 3)) for name in _dimensions(program)}
+    full |= dict(sizes or {})
     return {
-        port.name: _value(program, port, concrete(port.shape, full), past, generator)
+        port.name: _value(program, port, concrete(port.shape, full), full, generator)
         for port in program.signature.inputs
     }
 
@@ -53,44 +53,38 @@ def check_inputs(program: Program, *, rounds: int = 4, seed: int = 0) -> list[di
     """Returns the inputs before and after are compared on.
 
     Batch 1 and 3, sequences of 1, 5 and longer odd lengths, past 0 and some; where an input masks
-    the sequence, padding on the right in one round and on the left in another.
+    the sequence, padding on the right in one round and on the left in another. Sizes stay within
+    the program's ranges and its tables of positions.
     """
-    found = []
-    for number, sizes in enumerate(CHECKED[:rounds]):
-        limit = _longest(program)
-        cut = {
-            name: min(size, max(1, limit // 2)) if name != "batch" else size
-            for name, size in sizes.items()
-        }
-        values = random_inputs(program, cut, seed=seed + number)
+    limit, found = max(1, _longest(program) // 2), []
+    names = _dimensions(program)
+    for number, wanted in enumerate(CHECKED[:rounds]):
+        cut = {name: size if name == "batch" else min(size, limit) for name, size in wanted.items()}
+        sizes = {name: _within(program, name, size) for name, size in cut.items() if name in names}
+        values = random_inputs(program, sizes, seed=seed + number)
         side = {0: "right", 2: "left"}.get(number)
         found.append(_padded(program, values, side) if side else values)
     return found
 
 
-def _all_sizes(program: Program, sizes: dict[str, int]) -> dict[str, int]:
-    dims = dict(program.signature.dims)
-    names = {
-        str(item)
-        for port in program.signature.inputs
-        for size in port.shape
-        if isinstance(size, str)
-        for item in parse_size(size).free_symbols
-    }
-    full = {}
-    for name in sorted(names | dims.keys()):
-        low, high = dims.get(name, (1, None))
-        size = sizes.get(name, USUAL.get(name, max(low, 3)))
-        full[name] = max(low, size if high is None else min(size, high))
-    return full
+def _dimensions(program: Program) -> list[str]:
+    """The names of all dimensions that the inputs' sizes are made of."""
+    sizes = (size for port in program.signature.inputs for size in port.shape)
+    used = [parse_size(size).free_symbols for size in sizes if isinstance(size, str)]
+    return sorted({str(item) for items in used for item in items} | program.signature.dims.keys())
 
 
-def _past(sizes: Mapping[str, int]) -> int:
-    return sizes.get("past", 0)
+def _within(program: Program, name: str, size: int) -> int:
+    low, high = program.signature.dims.get(name, (0, None))
+    return max(low, size if high is None else min(size, high))
 
 
 def _value(
-    program: Program, port: Port, shape: tuple[int, ...], past: int, generator: torch.Generator
+    program: Program,
+    port: Port,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    generator: torch.Generator,
 ) -> Tensor:
     if "mask" in port.name:
         return _open_mask(port, shape)
@@ -98,10 +92,11 @@ def _value(
         return torch.randn(shape, generator=generator).to(port.dtype)
     if port.dtype is torch.bool:
         return torch.ones(shape, dtype=torch.bool)
-    if "position" in port.name and shape:
-        counted = torch.arange(past, past + shape[-1], dtype=port.dtype)
-        return counted.expand(shape).contiguous()
     rows = _rows(program.input_node(port.name))
+    if "position" in port.name and shape:
+        past = sizes.get("past", 0)
+        counted = torch.arange(past, past + shape[-1], dtype=port.dtype) % (rows or 2**31 - 1)
+        return counted.expand(shape).contiguous()
     if rows is None and len(shape) >= 2:
         return _open_mask(port, shape)
     return torch.randint(0, rows or STEPS, shape, generator=generator, dtype=port.dtype)

@@ -98,12 +98,14 @@ class Names:
             self.known.setdefault(expression, parse_size(want))
 
     def agree(self, want: int | str, size: int | torch.SymInt) -> bool:
-        """Whether the size in the graph is what the port says.
+        """Whether the size in the graph is what the port says, by names or by symbols.
 
         A size over symbols that no input port names is believed: only the trace knows it.
         """
-        expected = parse_size(want) if isinstance(want, str) else sympy.Integer(want)
         expression = size_expression(size)
+        if str(expression) == str(want):
+            return True
+        expected = parse_size(want) if isinstance(want, str) else sympy.Integer(want)
         if any(item not in self.known for item in expression.free_symbols):
             return isinstance(want, str)
         return _equal(_substitute(expression, self.known), expected)
