@@ -39,6 +39,21 @@ VIEWS = frozenset(
 )  # fmt: skip
 """ATen ops that move or rename elements and compute nothing."""
 
+COPYING_VIEWS = frozenset({"reshape", "flatten"})
+"""Views that copy when the elements do not lie in memory as the new shape needs."""
+
+RESHAPES = frozenset({"view", "reshape", "_unsafe_view"})
+"""Ops that give the elements, in order, a shape that is written out."""
+
+SHAPE_ONLY = RESHAPES | {"flatten", "unflatten", "unsqueeze", "squeeze"}
+"""Ops that keep the elements in order and change the shape alone."""
+
+DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
+"""ATen ops that return their operand as it is when not in training mode."""
+
+NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
+"""ATen op -> the right operand that changes nothing, up to the sign of zero (`add`, `sub`)."""
+
 LINEARS = frozenset({"linear", "mm", "addmm", "matmul", "bmm", "conv1d", "conv2d", "conv3d"})
 """ATen ops that are linear in their first operand when the others are weights."""
 
@@ -150,6 +165,19 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def is_contiguous(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor whose elements lie in row-major order."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return False
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not (isinstance(size, int) and size == 1) and _number(stride) != expected:
+            return False
+        expected = expected * _number(size)
+    return True
+
+
 def layout(node: fx.Node) -> Any:
     """Returns dtype, sizes and strides of the node's value, as something to compare.
 
@@ -159,12 +187,13 @@ def layout(node: fx.Node) -> Any:
     return _layout(node.meta.get("val"))
 
 
+def _number(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def _layout(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        sizes = [
-            [size.node.expr if isinstance(size, torch.SymInt) else size for size in numbers]
-            for numbers in (value.shape, value.stride())
-        ]
+        sizes = [list(map(_number, numbers)) for numbers in (value.shape, value.stride())]
         return value.dtype, *sizes
     return [_layout(v) for v in value] if isinstance(value, list | tuple) else type(value)
 
