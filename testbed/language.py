@@ -81,7 +81,7 @@ MIXTRAL = LanguageRecipe(
         "initializer_range": 0.06,
         "tie_word_embeddings": True,
     },
-    schedule=Schedule(steps=2000, batch=4, learning_rate=2e-3, warmup=100, seed=3),
+    schedule=Schedule(steps=1500, batch=4, learning_rate=2e-3, warmup=100, seed=3),
 )
 
 RECIPES = {recipe.name: recipe for recipe in (GPT2, QWEN3, MIXTRAL)}
