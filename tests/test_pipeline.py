@@ -54,8 +54,8 @@ def dropped(residual, residual_data):
 def test_branches_that_do_little_are_dropped_and_the_others_refused(dropped):
     drops = [a for a in dropped.record.actions if a.pass_name == "drop_branches"]
     assert [a.target for a in drops if a.outcome == "applied"] == [
-        "blocks.1.feed-forward",
-        "blocks.2.feed-forward",
+        "layers.1.feed-forward",
+        "layers.2.feed-forward",
     ]
     assert {a.outcome for a in drops} == {"applied", "refused"}
     refused = next(a for a in drops if a.outcome == "refused")
@@ -67,7 +67,7 @@ def test_dropping_a_zero_branch_changes_no_bit(residual, residual_data):
     passes = (DropBranches(),)
     result = redpass.optimize(residual, passes, budget="relative_error<=1e-12", data=residual_data)
     applied = [a.target for a in result.record.actions if a.outcome == "applied"]
-    assert applied == ["blocks.1.feed-forward"]
+    assert applied == ["layers.1.feed-forward"]
     x = torch.randn(3, 7, 8)
     assert torch.equal(result.program(x)[0], residual(x)[0])
 
@@ -118,7 +118,7 @@ def test_a_miss_on_the_reporting_data_names_the_guilty_action(residual, residual
     data = dataclasses.replace(residual_data, reporting=redpass.Batches(shifted))
     with pytest.raises(BudgetError) as caught:
         redpass.optimize(residual, budget="relative_error<=0.0063", data=data)
-    assert caught.value.place == "drop_branches.similar:blocks.2.feed-forward"
+    assert caught.value.place == "drop_branches.similar:layers.2.feed-forward"
     assert caught.value.record.verdict == "missed"
 
 
@@ -145,12 +145,12 @@ def test_the_limit_counts_applied_actions(residual, residual_data):
 
 
 def test_an_action_can_be_skipped_by_its_key(residual, residual_data):
-    settings = Settings(skip=("drop_branches.similar:blocks.1.feed-forward",))
+    settings = Settings(skip=("drop_branches.similar:layers.1.feed-forward",))
     result = redpass.optimize(
         residual, (DropBranches(),), budget="relative_error<=0.1", data=residual_data,
         settings=settings,
     )  # fmt: skip
-    assert outcomes(result.record)["blocks.1.feed-forward"] == "skipped by user"
+    assert outcomes(result.record)["layers.1.feed-forward"] == "skipped by user"
 
 
 def test_approximate_passes_need_a_budget_and_data(residual):
@@ -197,10 +197,10 @@ def test_replay_refuses_another_model(dropped, residual):
 
 def test_bisect_finds_the_action_that_broke_the_result(dropped, residual):
     branches = redpass.structure(residual).branches
-    third = next(b for b in branches if b.label == "blocks.2.feed-forward")
+    third = next(b for b in branches if b.label == "layers.2.feed-forward")
     weight = next(name for name in third.weights if name.endswith("up.weight"))
     found = bisect(residual, dropped.record.recipe, lambda program: weight in program.weights)
-    assert found == "drop_branches.similar:blocks.2.feed-forward"
+    assert found == "drop_branches.similar:layers.2.feed-forward"
 
 
 def test_the_record_survives_json(dropped):
