@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -172,7 +173,8 @@ def is_contiguous(node: fx.Node) -> bool:
         return False
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not (isinstance(size, int) and size == 1) and _number(stride) != expected:
+        is_free = isinstance(size, int) and size == 1
+        if not is_free and sympy.expand(_number(stride) - expected) != 0:
             return False
         expected = expected * _number(size)
     return True

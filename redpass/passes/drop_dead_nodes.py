@@ -1,8 +1,8 @@
 """Drops values nobody reads.
 
     a = relu(x)
-    b = neg(a)        ->    return x
-    return x
+    b = neg(a)      ->    y = exp(x)
+    y = exp(x)
 """
 
 from __future__ import annotations
