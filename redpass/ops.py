@@ -150,6 +150,19 @@ def is_check(node: fx.Node) -> bool:
     return base_name(node).startswith(("_assert", "sym_constrain", "_check"))
 
 
+def is_proven_check(node: fx.Node) -> bool:
+    """Whether the op checks what the fake values already say: dtype, sizes, strides, device."""
+    if is_call(node, "_assert_scalar"):
+        return node.args[0] is True
+    if not is_call(node, "_assert_tensor_metadata") or not isinstance(node.args[0], fx.Node):
+        return False
+    value = node.args[0].meta["val"]
+    dtype, sizes, strides = layout_of(value)
+    found = {"dtype": dtype, "size": sizes, "stride": strides, "device": value.device}
+    wanted = {name: argument(node, name) for name in found}
+    return all(want is None or want == found[name] for name, want in wanted.items())
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether the op only moves or renames elements."""
     return namespace(node) == "aten" and base_name(node) in VIEWS
@@ -186,18 +199,19 @@ def layout(node: fx.Node) -> Any:
     Sizes are expressions over the symbols; comparing them adds no guards. A value that is no
     tensor has its type.
     """
-    return _layout(node.meta.get("val"))
+    return layout_of(node.meta.get("val"))
 
 
 def _number(size: int | torch.SymInt) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def _layout(value: Any) -> Any:
+def layout_of(value: Any) -> Any:
+    """Returns what `layout` does, for a fake value or several."""
     if isinstance(value, torch.Tensor):
         sizes = [list(map(_number, numbers)) for numbers in (value.shape, value.stride())]
         return value.dtype, *sizes
-    return [_layout(v) for v in value] if isinstance(value, list | tuple) else type(value)
+    return [layout_of(v) for v in value] if isinstance(value, list | tuple) else type(value)
 
 
 def argument(node: fx.Node, *names: str) -> Any:

@@ -3,6 +3,8 @@
     a = relu(x)
     b = neg(a)      ->    y = exp(x)
     y = exp(x)
+
+An op that may have effects is never dropped.
 """
 
 from __future__ import annotations
