@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redpass import ops
 from redpass.facts import Facts
 from redpass.plan import Insert, Ref, SetWeight, WeightRef
 from redpass.program import Program
+from redpass.rewrite import fake_call
 
 aten = torch.ops.aten
 
@@ -156,3 +158,20 @@ def new_name(program: Program, old: str, what: str) -> str:
     while name in program.weights:
         name, number = f"{old}_{what}_{number}", number + 1
     return name
+
+
+def can_view(mode: FakeTensorMode, node: fx.Node, value: Tensor) -> bool:
+    """Whether the views that follow `node` can be taken of the fake `value` in its place.
+
+    A `view` fails where strides do not allow it; every other op takes any strides.
+    """
+    for user in node.users:
+        if not ops.is_view(user):
+            continue
+        try:
+            viewed = fake_call(mode, user, {node: value})
+        except RuntimeError:
+            return False
+        if isinstance(viewed, Tensor) and not can_view(mode, user, viewed):
+            return False
+    return True

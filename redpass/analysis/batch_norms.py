@@ -1,0 +1,108 @@
+"""Batch norms with stored statistics, the layer beside each, and what the two are together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from redpass import ops
+from redpass.facts import Facts
+from redpass.program import Program
+
+LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear")
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A batch norm and the convolution or linear whose value it norms, or that reads its value.
+
+    Attributes:
+        node: the norm.
+        layer: the layer, or None when neither neighbour is one.
+        follows: whether the norm comes after the layer.
+    """
+
+    node: fx.Node
+    layer: fx.Node | None
+    follows: bool
+
+    def operands(self, node: fx.Node, *names: str) -> tuple[str | None, ...]:
+        """Returns the names of the weights `node` takes as these arguments."""
+        found = [ops.argument(node, name) for name in names]
+        return tuple(None if weight is None else str(weight.target) for weight in found)
+
+    def affine(self, program: Program) -> tuple[Tensor, Tensor]:
+        """Returns factor and shift of each channel in float64: `y = x * factor + shift`."""
+        names = self.operands(self.node, "weight", "bias", "running_mean", "running_var")
+        gain, bias, mean, variance = (_double(name, program) for name in names)
+        if mean is None or variance is None:
+            raise ValueError("a batch norm without stored statistics is no affine map")
+        factor = torch.rsqrt(variance + ops.argument(self.node, "eps"))
+        factor = factor if gain is None else factor * gain
+        return factor, (0 if bias is None else bias) - mean * factor
+
+    def folded(self, layer: fx.Node, program: Program) -> tuple[Tensor, Tensor]:
+        """Returns weight and bias, in float64, of a layer that does what both do together."""
+        weight, bias = (_double(n, program) for n in self.operands(layer, "weight", "bias"))
+        if weight is None:
+            raise ValueError(f"{layer.name} has no weight")
+        factor, shift = self.affine(program)
+        return (_after if self.follows else _before)(layer, weight, bias, factor, shift)
+
+
+def batch_norms(program: Program, facts: Facts | None = None) -> tuple[BatchNorm, ...]:
+    """Finds every batch norm. A layer between two is given to the first."""
+    del facts
+    found, taken = [], set()
+    for node in program.graph.nodes:
+        if not ops.is_call(node, "batch_norm"):
+            continue
+        before, after = node.args[0], next(iter(node.users))
+        if _is_layer(before) and before not in taken:
+            norm = BatchNorm(node, before, follows=True)
+        elif _is_layer(after) and after.args[0] is node and after not in taken:
+            norm = BatchNorm(node, after, follows=False)
+        else:
+            norm = BatchNorm(node, None, follows=True)
+        taken.add(norm.layer)
+        found.append(norm)
+    return tuple(found)
+
+
+def _is_layer(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not ops.is_call(node, *LAYERS) or node.kwargs:
+        return False
+    weight, bias = ops.argument(node, "weight"), ops.argument(node, "bias")
+    return weight.op == "get_attr" and (bias is None or bias.op == "get_attr")
+
+
+def _double(name: str | None, program: Program) -> Tensor | None:
+    return None if name is None else program.weights[name].double()
+
+
+def _after(
+    layer: fx.Node, weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales the channels that come out: axis 0, and axis 1 where the layer is transposed."""
+    axis = 1 if ops.base_name(layer).startswith("conv_transpose") else 0
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    return weight * factor.view(shape), shift if bias is None else bias * factor + shift
+
+
+def _before(
+    layer: fx.Node, weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales the channels that go in; each group of outputs reads its own."""
+    groups = 1 if ops.is_call(layer, "linear") else ops.argument(layer, "groups")
+    outs, ins = weight.shape[:2]
+    shape = (outs, ins, *[1] * (weight.dim() - 2))
+
+    def spread(values: Tensor) -> Tensor:
+        return values.view(groups, 1, ins).expand(groups, outs // groups, ins).reshape(shape)
+
+    added = (weight * spread(shift)).flatten(1).sum(1)
+    return weight * spread(factor), added if bias is None else added + bias
