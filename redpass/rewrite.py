@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redpass import ops
@@ -195,8 +196,13 @@ def fake_call(
     known = instead or {}
     args = fx.node.map_arg(node.args, lambda n: known[n] if n in known else n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n] if n in known else n.meta["val"])
-    with mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    try:
+        with mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except RuntimeError:
+        # A few kernels (baddbmm) refuse symbolic sizes; their decompositions take them.
+        with enable_python_dispatcher(), mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def set_literal(old: fx.Node, value: float) -> None:
