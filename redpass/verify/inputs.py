@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from redpass import ops
+from redpass.errors import DataError
 from redpass.program import Port, Program
 from redpass.verify.sizes import concrete, parse_size
 
@@ -183,3 +184,59 @@ def _pad(mask: Tensor, side: str) -> Tensor:
     part: Sequence[int] | slice = slice(0, hidden) if side == "left" else slice(-hidden, None)
     mask[::2, part] = 0
     return mask
+
+
+def complete(program: Program, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the program's inputs from a batch, with what a batch may leave out.
+
+    An empty past for state, a mask of ones, positions counted over the mask, zeros for token
+    types. Values of another width (int32, float32 for bfloat16) are cast; extras are ignored.
+
+    Raises:
+        DataError: an input that is missing and cannot be made up.
+    """
+    sizes = _sizes_of(program, batch)
+    state = {name for name, _ in program.signature.state}
+    values = {}
+    for port in program.signature.inputs:
+        if port.name in batch:
+            values[port.name] = _as_port(port, batch[port.name])
+        elif port.name in state:
+            values[port.name] = torch.zeros(concrete(port.shape, sizes), dtype=port.dtype)
+        else:
+            values[port.name] = _default(port, batch, sizes)
+    return values
+
+
+def output_shape(program: Program, batch: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Returns the shape the output `name` has for a batch, from the signature, running nothing."""
+    return concrete(program.signature.output(name).shape, _sizes_of(program, batch))
+
+
+def _sizes_of(program: Program, batch: Mapping[str, Tensor]) -> dict[str, int]:
+    sizes = dict.fromkeys(_dimensions(program), 0)
+    for port in program.signature.inputs:
+        for name, size in zip(port.shape, getattr(batch.get(port.name), "shape", ()), strict=False):
+            if name in sizes:
+                sizes[str(name)] = size
+    return sizes
+
+
+def _as_port(port: Port, value: Tensor) -> Tensor:
+    alike = port.dtype.is_floating_point == value.dtype.is_floating_point
+    return value.to(port.dtype) if alike else value
+
+
+def _default(port: Port, batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    shape = concrete(port.shape, sizes)
+    if "mask" in port.name:
+        return _open_mask(port, shape)
+    if "token_type" in port.name:
+        return torch.zeros(shape, dtype=port.dtype)
+    if "position" in port.name and shape:
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == shape:
+            return (mask.long().cumsum(-1) - 1).clamp_min(0).to(port.dtype)
+        return torch.arange(shape[-1], dtype=port.dtype).expand(shape).contiguous()
+    hint = f"the data hold {', '.join(batch)}"
+    raise DataError("the batches do not hold this input", place=f"input '{port.name}'", hint=hint)

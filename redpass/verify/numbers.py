@@ -37,13 +37,16 @@ from torch import Tensor
 from redpass.errors import RedpassError
 from redpass.plan import Exactness
 from redpass.program import Program
-from redpass.verify.reference import WIDER, reference
+from redpass.verify.differences import (
+    differing_bits,
+    lost_finite,
+    misplaced_nonfinite,
+    relative_errors,
+)
+from redpass.verify.reference import reference
 
 STATES = ("proved", "checked", "failed", "not checked")
 SLACK = 1e4
-SMALL_ROW = 2.0**-10
-"""Rows smaller than this share of the usual row are measured against the share: a row that
-cancels to nothing has no relative error worth the name."""
 
 Outputs = Mapping[str, Tensor]
 
@@ -203,35 +206,28 @@ def _shape_fault(old: Tensor, new: Tensor) -> str:
 
 
 def _bits(port: str, old: Tensor, new: Tensor) -> _Finding:
-    """Finds elements whose bits differ: 0.0 and -0.0 do, two NaN do not."""
-    same = old == new
-    if old.is_floating_point():
-        same = (same & (torch.signbit(old) == torch.signbit(new))) | (old.isnan() & new.isnan())
-    count = int((~same).sum())
+    count = differing_bits(old, new)
     fault = f"{count} of {old.numel()} elements differ" if count else ""
     return _Finding(port, "bits", float(count), 0.0, fault)
 
 
 def _finite(port: str, old: Tensor, new: Tensor) -> _Finding:
-    lost = int((_is_finite(old) & ~_is_finite(new)).sum())
+    lost = lost_finite(old, new)
     fault = f"{lost} of {old.numel()} elements became NaN or infinite" if lost else ""
     return _Finding(port, "finiteness", float(lost), 0.0, fault)
-
-
-def _is_finite(value: Tensor) -> Tensor:
-    return torch.isfinite(value) if value.is_floating_point() else torch.ones_like(value).bool()
 
 
 def _rounding(port: str, truth: Tensor, old: Tensor, new: Tensor) -> Iterator[_Finding]:
     if not new.is_floating_point():
         yield _bits(port, old, new)
         return
-    fault = _nonfinite_fault(truth, old, new)
-    if fault:
-        yield _Finding(port, "NaN and infinity", 1, 0, fault)
+    misplaced = misplaced_nonfinite(truth, old, new)
+    if misplaced:
+        fault = f"NaN or infinity differs from the reference in {misplaced} elements"
+        yield _Finding(port, "NaN and infinity", misplaced, 0, fault)
         return
     floor = 4 * torch.finfo(new.dtype).eps
-    for measure, found, was in _errors(truth, old, new):
+    for measure, found, was in relative_errors(truth, old, new):
         yield _Finding(port, measure, found, 2 * was + floor)
 
 
@@ -242,51 +238,9 @@ def _meaning(
         return
     eps = torch.finfo(old.dtype).eps
     shrink = SLACK * torch.finfo(torch.float64).eps / eps
-    for measure, found, was in _errors(truth, old, wide):
+    for measure, found, was in relative_errors(truth, old, wide):
         allowed = 2 * was + 2 * eps if folded else (2 * was + 4 * eps) * shrink
         yield _Finding(port, f"float64 {measure}", found, allowed)
-
-
-def _nonfinite_fault(truth: Tensor, old: Tensor, new: Tensor) -> str:
-    """Says where `new` is NaN or infinite and should not be, or the other way round.
-
-    Where the narrow dtype overflows and float64 does not, `before` sets the pattern.
-    """
-    wanted, found = _pattern(truth), _pattern(new)
-    excused = (wanted == 0) & ((_pattern(old) == found) | (found == 0))
-    count = int(((wanted != found) & ~excused).sum())
-    return f"NaN or infinity differs from the reference in {count} elements" if count else ""
-
-
-def _pattern(value: Tensor) -> Tensor:
-    """0 for finite, 1 for NaN, 2 and 3 for the infinities."""
-    pattern = value.isnan().to(torch.int8)
-    return pattern + 2 * value.isposinf().to(torch.int8) + 3 * value.isneginf().to(torch.int8)
-
-
-def _errors(truth: Tensor, old: Tensor, new: Tensor) -> Iterator[tuple[str, float, float]]:
-    """Yields (measure, error of `new`, error of `old`) over the elements finite in all three."""
-    if truth.numel() == 0:
-        return
-    finite = truth.isfinite() & old.isfinite() & new.isfinite()
-    ref, was, now = (torch.where(finite, x.to(truth.dtype), 0.0) for x in (truth, old, new))
-    scale = ref.norm().item()
-    yield (
-        "error",
-        _ratio((now - ref).norm().item(), scale),
-        _ratio((was - ref).norm().item(), scale),
-    )
-    rows = torch.atleast_1d(ref).norm(dim=-1)
-    usual = rows.square().mean().sqrt().item()
-    rows = rows.clamp_min(max(usual * SMALL_ROW, torch.finfo(torch.float64).tiny))
-    worst = [(torch.atleast_1d(x - ref).norm(dim=-1) / rows).max().item() for x in (now, was)]
-    yield "row error", worst[0], worst[1]
-
-
-def _ratio(error: float, scale: float) -> float:
-    if error == 0:
-        return 0.0
-    return error / scale if scale else float("inf")
 
 
 def _verdict(findings: list[_Finding], where: str, exactness: Exactness) -> Verdict:
@@ -316,4 +270,4 @@ def _sizes(values: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name}{list(value.shape)}" for name, value in list(values.items())[:3])
 
 
-__all__ = ["STATES", "WIDER", "Verdict", "compare", "reference"]
+__all__ = ["STATES", "Verdict", "compare", "reference"]
