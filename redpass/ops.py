@@ -76,8 +76,14 @@ CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16"})
 COPIES = frozenset({"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "alias", "detach"})
 """ATen ops that return the elements of their operand in the same places."""
 
-JOINS = frozenset({"cat", "stack", "concat", "concatenate"})
-"""ATen ops that put tensors side by side and compute nothing."""
+JOINS = frozenset({"cat", "concat", "concatenate"})
+"""ATen ops that put tensors side by side along an axis they have, and compute nothing."""
+
+ANDS = frozenset({"logical_and", "bitwise_and", "__and__"})
+"""ATen ops that, on booleans, return one operand when the other is true everywhere."""
+
+ORS = frozenset({"logical_or", "bitwise_or", "__or__"})
+"""ATen ops that, on booleans, return one operand when the other is false everywhere."""
 
 
 def base_name(node: fx.Node) -> str:
