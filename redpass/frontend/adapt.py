@@ -123,7 +123,7 @@ def _text(model: Any, names: list[str]) -> tuple[dict[str, Tensor], DimNames]:
     kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0) or 0
     if "token_type_ids" in names and kinds > 1:
         example["token_type_ids"] = torch.zeros_like(ids)
-    return example, {name: ("batch", "seq") for name in example}
+    return example, dict.fromkeys(example, ("batch", "seq"))
 
 
 def vocabulary(config: Any) -> int:

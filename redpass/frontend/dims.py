@@ -76,7 +76,7 @@ class Dims:
                 if not isinstance(entry, str) or entry not in self.sizes:
                     continue
                 size = value.shape[axis]
-                if isinstance(size, int):
+                if is_fixed(size):
                     lost.setdefault(entry, f"'{name}' axis {axis}")
                 else:
                     ranges[entry] = _narrow(ranges[entry], exported, size)
@@ -111,6 +111,11 @@ def prepare(
     sizes = _sizes(longer, axes)
     longer = {name: _resize(value, axes[name], sizes) for name, value in longer.items()}
     return Dims(longer, axes, sizes, {name: ranges.get(name, (1, None)) for name in sizes})
+
+
+def is_fixed(size: Any) -> bool:
+    """Whether a size is a number, or a symbol that was found to have one value only."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
 def evaluate(entry: str | int, sizes: Mapping[str, Any]) -> Any:

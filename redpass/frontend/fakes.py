@@ -15,24 +15,39 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from redpass.errors import TraceError
-from redpass.frontend.dims import Dims, evaluate
+from redpass.frontend.dims import Dims, evaluate, is_fixed
 from redpass.frontend.normalise import Core
 from redpass.program import Port, Signature, output_node
 from redpass.rewrite import fake_call, fake_tensor
 
 
-def propagate(core: Core, dims: Dims, outputs: tuple[str, ...]) -> Signature:
+def propagate(core: Core, dims: Dims, outputs: tuple[str, ...], notes: list[str]) -> Signature:
     """Gives every node of `core` its fake value and returns the signature.
 
     Args:
         core: a graph in core form and its weights; its nodes' `val` are overwritten.
         dims: the inputs, in order, and the names of their axes.
         outputs: the names of the outputs.
+        notes: receives a sentence for each dimension that turns out to have one size.
 
     Raises:
         TraceError: an op that cannot be computed on symbolic sizes.
     """
     mode, symbols = symbolic_mode(dims)
+    _fill(core, dims, mode, symbols)
+    fixed = [name for name, symbol in symbols.items() if is_fixed(symbol)]
+    if fixed:
+        # An op allows one size only; fake values that still hold the symbol would lie about it.
+        dims = dims.fix(fixed)
+        mode, symbols = symbolic_mode(dims)
+        _fill(core, dims, mode, symbols)
+        notes += [
+            f"dimension '{name}' is fixed: an op of the graph allows one size" for name in fixed
+        ]
+    return _signature(core.graph, dims, outputs)
+
+
+def _fill(core: Core, dims: Dims, mode: FakeTensorMode, symbols: dict[str, SymInt]) -> None:
     inputs = iter(dims.example.items())
     for node in core.graph.nodes:
         if node.op == "placeholder":
@@ -42,7 +57,6 @@ def propagate(core: Core, dims: Dims, outputs: tuple[str, ...]) -> Signature:
             node.meta["val"] = fake_tensor(mode, core.weights[str(node.target)])
         elif node.op == "call_function":
             node.meta["val"] = _call(mode, node)
-    return _signature(core.graph, dims, outputs)
 
 
 def symbolic_mode(dims: Dims) -> tuple[FakeTensorMode, dict[str, SymInt]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from redpass.errors import LoadError, UsageError
-from redpass.frontend import adapt
+from redpass.frontend import adapt, huggingface, specs
 from redpass.frontend.adapt import Adapted
 from redpass.frontend.trace import trace
 from redpass.program import Origin, Program
@@ -55,7 +56,27 @@ def load(
     if isinstance(source, nn.Module):
         origin = Origin("module", f"{type(source).__module__}.{type(source).__qualname__}")
         return _trace(source, origin, example, inputs, task, fake)
+    path = existing(Path(source))
+    if path.is_dir():
+        opened = huggingface.open_folder(path, fake=fake)
+        origin = Origin("huggingface", str(path), config=opened.config, notes=opened.notes)
+        return _trace(opened.module, origin, example, inputs, task, fake)
     raise LoadError("not yet")
+
+
+def existing(path: Path) -> Path:
+    """Returns `path` when it can be read. Raises `LoadError`."""
+    try:
+        path.stat()
+    except OSError as error:
+        raise LoadError(
+            "no such file or folder" if error.errno == errno.ENOENT else f"{error.strerror}",
+            file=path,
+            hint="give a Hugging Face folder, a .pt2, a .pt or a .pth",
+        ) from error
+    if path.is_file() and not path.stat().st_size:
+        raise LoadError("empty file", file=path, hint="fetch the file again")
+    return path
 
 
 def _trace(
@@ -86,6 +107,10 @@ def _without_data(program: Program) -> Program:
 
 
 def _adapt(module: nn.Module, example: Example | None, inputs: Sequence[str]) -> Adapted:
+    described = specs.parse_all(inputs)
+    if described:
+        values = specs.example(described) if example is None else _by_name(module, example)
+        return Adapted(module, values, {spec.name: spec.axes for spec in described})
     if example is not None:
         values = _by_name(module, example)
         return Adapted(module, values, guess_dims(values))

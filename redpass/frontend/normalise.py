@@ -201,8 +201,6 @@ class _Copier:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         args, kwargs = self._map(node.args), self._map(dict(node.kwargs))
-        if kwargs.get("device") == torch.device("meta"):
-            kwargs["device"] = torch.device("cpu")
         copy = self.core.graph.create_node("call_function", node.target, args, kwargs, node.name)
         copy.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         if "nn_module_stack" in copy.meta:
@@ -216,7 +214,8 @@ class _Copier:
             return {key: self._map(part) for key, part in value.items()}
         if isinstance(value, tuple | list):
             return type(value)(map(self._map, value))
-        return value
+        # A program's fake values live on the CPU, also when it was traced without weight data.
+        return torch.device("cpu") if value == torch.device("meta") else value
 
     def _drop_unread(self) -> None:
         for name, node in self.readers.items():

@@ -67,7 +67,7 @@ def trace(
         exported, ready = _export(flat, ready, notes)
     core = normalise.core_form(exported, tuple(ready.example), _Flat.PREFIX)
     del exported
-    signature = fakes.propagate(core, ready, tuple(names))
+    signature = fakes.propagate(core, ready, tuple(names), notes)
     notes += _random_notes(core.graph)
     origin = replace(
         origin,
