@@ -79,6 +79,9 @@ COPIES = frozenset({"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "ali
 JOINS = frozenset({"cat", "concat", "concatenate"})
 """ATen ops that put tensors side by side along an axis they have, and compute nothing."""
 
+LOOKUPS = frozenset({"embedding"})
+"""ATen ops that return rows of their first operand as they are."""
+
 ANDS = frozenset({"logical_and", "bitwise_and", "__and__"})
 """ATen ops that, on booleans, return one operand when the other is true everywhere."""
 
