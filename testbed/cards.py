@@ -57,7 +57,7 @@ _METRICS = {
 }
 
 _RECOGNISED = """\
-Share of 500 guided samples (50 DDIM steps, guidance 2) that the `vit` model takes for the wanted
+Share of 200 guided samples (50 DDIM steps, guidance 2) that the `vit` model takes for the wanted
 class: **{0:.3f}**."""
 
 _TRAINING = """\

@@ -83,7 +83,7 @@ def recognised(
     predict: diffusion.Denoiser,
     classifier: nn.Module,
     *,
-    each: int = 50,
+    each: int = 20,
     steps: int = 50,
     scale: float = 2.0,
     seed: int = 0,
