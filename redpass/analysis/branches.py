@@ -33,8 +33,10 @@ class Regions:
     def __init__(self, flow: Flow, norms: Iterable[Norm]) -> None:
         nodes = flow.program.nodes
         self.flow = flow
-        self.norm_of = {nodes[name]: norm for norm in norms for name in norm.nodes}
-        self.norm_at = {nodes[norm.output]: norm for norm in norms}
+        # A batch norm belongs to its convolution: it says nothing about where the stream is normed.
+        own = [norm for norm in norms if norm.kind != "batch"]
+        self.norm_of = {nodes[name]: norm for norm in own for name in norm.nodes}
+        self.norm_at = {nodes[norm.output]: norm for norm in own}
         self.output = output_node(flow.program.graph)
         self.state = _state_values(flow)
 
@@ -111,13 +113,15 @@ class Regions:
         todo = [term.node, *returned]
         while todo:
             node = todo.pop()
-            if node in own or node is self.output:
+            stays = node.op != "placeholder" and not ops.is_pure(node)
+            if node in own or stays:
                 continue
             users = (u for u in node.users if u not in own)
             if all(self._is_lost(node, user, term, returned) for user in users):
                 own.add(node)
                 todo.extend(node.all_input_nodes)
-        return frozenset(n for n in own if ops.is_pure(n) or n.op == "placeholder")
+        sources = {self.state[pair][0] for pair in state}
+        return frozenset(n for n in own if n.op != "placeholder" or n in sources)
 
     def _is_lost(self, node: fx.Node, user: fx.Node, term: Term, returned: set[fx.Node]) -> bool:
         if user is self.output:

@@ -10,6 +10,7 @@ from torch import fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
+from redpass.analysis.maps import back_to_maps
 from redpass.analysis.stream import is_learned
 
 FUSED = (
@@ -62,6 +63,16 @@ def find_cores(flow: Flow) -> tuple[Core, ...]:
     """Finds all attention cores in graph order. A router's softmax is none."""
     found = (_core_at(flow, node) for node in flow.nodes if node in flow.live)
     return tuple(core for core in found if core is not None)
+
+
+def side_inputs(flow: Flow, cores: tuple[Core, ...]) -> frozenset[tuple[fx.Node, fx.Node]]:
+    """The (mask, reader) pairs of all cores whose mask is made by no learned map."""
+    found = set()
+    for core in cores:
+        for mask in core.masks:
+            if not back_to_maps(flow, mask)[1]:
+                found |= {(mask, user) for user in mask.users if user in core.nodes}
+    return frozenset(found)
 
 
 def _core_at(flow: Flow, node: fx.Node) -> Core | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -22,13 +23,20 @@ DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
 
 
 class Flow:
-    """A program's graph with the answers that are asked again and again."""
+    """A program's graph with the answers that are asked again and again.
+
+    Attributes:
+        side_inputs: (value, reader) pairs that `between` does not follow: masks and biases of
+            attention scores, which several layers share and which carry no stream.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.nodes: tuple[fx.Node, ...] = tuple(program.graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self._shapes: dict[fx.Node, tuple[Any, ...] | None] = {}
+        self._constants: dict[fx.Node, Tensor | None] = {}
+        self.side_inputs: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
 
     @cached_property
     def live(self) -> frozenset[fx.Node]:
@@ -70,7 +78,7 @@ class Flow:
         for user in node.users:
             if self.is_no_op(user) and user.all_input_nodes[0] is node:
                 yield from self.readers(user)
-            elif not ops.is_size(user):
+            elif not ops.is_size(user) and not _reads_type_only(user, node):
                 yield user
 
     def between(self, entry: fx.Node, exit_: fx.Node) -> frozenset[fx.Node]:
@@ -79,8 +87,10 @@ class Flow:
         above = self.ancestors([exit_], first)
         found: set[fx.Node] = set()
         for node in sorted(above, key=self.order.__getitem__):
-            if any(arg is entry or arg in found for arg in node.all_input_nodes):
-                found.add(node)
+            for arg in node.all_input_nodes:
+                if (arg is entry or arg in found) and (arg, node) not in self.side_inputs:
+                    found.add(node)
+                    break
         return frozenset(found) if exit_ in found else frozenset()
 
     def ancestors(self, nodes: Iterable[fx.Node], first: int = -1) -> set[fx.Node]:
@@ -95,15 +105,36 @@ class Flow:
         return seen
 
     def scalar(self, value: Any) -> float | None:
-        """The number that `value` is: a literal, or a weight of one element with data."""
+        """The number that `value` is: a literal, or a constant of one element with data."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if not isinstance(value, fx.Node):
+        if not isinstance(value, fx.Node) or value in self.live:
             return None
-        weight = self.program.weight(self.peel(value))
-        if weight is None or weight.is_meta or weight.numel() != 1:
+        if self.shape(value) is None or math.prod(self.shape(value) or ()) != 1:
             return None
-        return float(weight)
+        found = self.constant(value)
+        return None if found is None else float(found)
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """Computes a value that depends on weights alone; None when that needs data not there."""
+        if node not in self._constants:
+            self._constants[node] = self._compute_constant(node)
+        return self._constants[node]
+
+    def _compute_constant(self, node: fx.Node) -> Tensor | None:
+        weight = self.program.weight(node)
+        if weight is not None:
+            return None if weight.is_meta else weight.detach()
+        if node.op != "call_function" or not ops.is_pure(node) or node in self.live:
+            return None
+        operands = {arg: self.constant(arg) for arg in node.all_input_nodes}
+        if any(value is None for value in operands.values()):
+            return None
+        args = fx.node.map_arg(node.args, operands.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, operands.__getitem__)
+        with torch.no_grad():
+            found = node.target(*args, **kwargs)  # type: ignore[operator]
+        return found if isinstance(found, Tensor) else None
 
     def weight_of(self, node: Any) -> str | None:
         """Name of the weight that `node` reads, through casts and reshapes, or None."""
@@ -111,6 +142,10 @@ class Flow:
             return None
         found = self.peel(node)
         return str(found.target) if found.op == "get_attr" else None
+
+
+def _reads_type_only(user: fx.Node, node: fx.Node) -> bool:
+    return ops.is_call(user, "type_as") and user.args[0] is not node
 
 
 def _expression(size: Any) -> Any:

@@ -17,7 +17,7 @@ def branch_labels(
     the same when other branches have been dropped; they are the layers' own indices when the
     paths hold none or when different layers share them (shared weights).
     """
-    numbers = [_numbers(path) for path in paths]
+    numbers = _common(layers, [_numbers(path) for path in paths])
     places: dict[tuple[int, str], set[int]] = {
         (stream, number): set() for stream, number in zip(streams, numbers, strict=True)
     }
@@ -31,6 +31,17 @@ def branch_labels(
         for kind, number, stream in zip(kinds, numbers, streams, strict=True)
     ]
     return _numbered(plain)
+
+
+def _common(layers: Sequence[int], numbers: list[str]) -> list[str]:
+    """Cuts the numbers of a layer's branches to what they share: T5 counts branches too."""
+    shared: dict[int, list[str]] = {}
+    for layer, number in zip(layers, numbers, strict=True):
+        parts = number.split(".")
+        known = shared.setdefault(layer, parts)
+        same = [a == b for a, b in zip(known, parts, strict=False)]
+        shared[layer] = known[: [*same, False].index(False)]
+    return [".".join(shared[layer]) for layer in layers]
 
 
 def module_path(nodes: Sequence[fx.Node]) -> str:

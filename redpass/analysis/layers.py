@@ -58,19 +58,29 @@ def fingerprint(flow: Flow, region: Region) -> str:
     Weights count by shape, floating-point constants not at all, values from outside the branch
     by dtype and shape, the stream by nothing.
     """
-    codes: dict[fx.Node, str] = {region.skip.entry: "x"}
+    codes: dict[fx.Node, str] = {}
+    stream = region.skip.entry
     for node in sorted(region.path, key=flow.order.__getitem__):
-        parts = [str(node.target), *(_code(flow, codes, a) for a in node.args)]
-        parts += [f"{k}={_code(flow, codes, v)}" for k, v in node.kwargs.items()]
+        if flow.peel(node) is flow.peel(stream):
+            codes[node] = f"stream {flow.shape(node)}"
+            continue
+        if flow.is_no_op(node) and not ops.is_view(node) and node.all_input_nodes[0] in codes:
+            codes[node] = codes[node.all_input_nodes[0]]
+            continue
+        parts = [str(node.target), *(_code(flow, codes, stream, a) for a in node.args)]
+        parts += [f"{k}={_code(flow, codes, stream, v)}" for k, v in node.kwargs.items()]
         codes[node] = hashlib.md5("|".join(parts).encode()).hexdigest()
-    whole = f"{codes[region.term.node]} {len(region.path)} {region.form}"
+    distinct = {code for code in codes.values() if not code.startswith("stream")}
+    whole = f"{codes[region.term.node]} {len(distinct)} {region.form}"
     return hashlib.md5(whole.encode()).hexdigest()
 
 
-def _code(flow: Flow, codes: dict[fx.Node, str], value: Any) -> str:
+def _code(flow: Flow, codes: dict[fx.Node, str], stream: fx.Node, value: Any) -> str:
     if isinstance(value, fx.Node):
         if value in codes:
             return codes[value]
+        if value is stream:
+            return f"stream {flow.shape(value)}"
         if ops.is_size(value):
             return "size"
         found = value.meta.get("val")
@@ -78,5 +88,5 @@ def _code(flow: Flow, codes: dict[fx.Node, str], value: Any) -> str:
         kind = "value" if value in flow.live else "weight"
         return f"{kind} {dtype} {flow.shape(value)}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_code(flow, codes, v) for v in value) + "]"
+        return "[" + ",".join(_code(flow, codes, stream, v) for v in value) + "]"
     return "float" if isinstance(value, float) else str(value)

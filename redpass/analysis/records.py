@@ -93,6 +93,7 @@ class Attention:
         mask: node of the mask or additive bias, or None.
         causal: whether later positions are hidden; None where the mask could not be evaluated.
         is_cross: whether keys come from elsewhere than the branch's own stream.
+        key_of_head: for each query head, which of the distinct key heads it meets.
         key_cache: state pair of the keys, or None.
         value_cache: state pair of the values, or None.
         nodes: the nodes from the projections (without them) to the output projection.
@@ -116,6 +117,7 @@ class Attention:
     mask: str | None = None
     causal: bool | None = None
     is_cross: bool = False
+    key_of_head: tuple[int, ...] = ()
     key_cache: StatePair | None = None
     value_cache: StatePair | None = None
     nodes: frozenset[str] = frozenset()
@@ -257,15 +259,18 @@ class CouplingGroup:
 
     Attributes:
         label: `stream`, `layers.3.attention.heads`, `layers.3.feed-forward.inner`, `channels.7`.
-        kind: `stream`, `heads`, `inner` or `channels`.
+        kind: `stream`, `heads` (a unit is a key head with all its query heads; a query head where
+            all share one key head), `inner` or `channels`.
         size: number of units.
         members: the weight axes.
+        fixed: why it cannot be cut, or "".
     """
 
     label: str
     kind: str
     size: int
     members: tuple[Member, ...]
+    fixed: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ structure under other labels.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import fx
-
-from redpass import ops
 from redpass.analysis.branches import Region, Regions, weights_on
-from redpass.analysis.cores import Core, find_cores
+from redpass.analysis.cores import Core, find_cores, side_inputs
+from redpass.analysis.describe import Content, Describer
 from redpass.analysis.flow import Flow
+from redpass.analysis.groups import coupling_groups
 from redpass.analysis.labels import branch_labels, module_path
 from redpass.analysis.layers import fingerprint, layer_indices
 from redpass.analysis.norms import find_norms
@@ -52,58 +52,114 @@ def structure(program: Program, facts: Facts | None = None) -> Structure:
     flow = Flow(program)
     norms = find_norms(flow)
     cores = find_cores(flow)
+    flow.side_inputs = side_inputs(flow, cores)
     skips, notes = find_skips(flow)
     skips = outermost(skips, frozenset(core.node for core in cores))
-    branches = _branches(flow, norms, cores, chain(flow, skips))
-    stream = tuple(dict.fromkeys(name for b in branches for name in (b.entry, b.after)))
-    return Structure(branches, (), stream, norms, (), tuple(notes))
+    streams = chain(flow, skips)
+    describer = Describer(flow, norms, cores)
+    drafts = _drafts(flow, norms, streams, describer)
+    branches = _labelled(flow, drafts)
+    notes += _notes(cores, branches)
+    notes += describer.notes + describer.attentions.notes
+    found = Structure(
+        branches=branches,
+        layers=_layers(drafts, branches),
+        stream=_values(branches),
+        norms=norms,
+        notes=tuple(dict.fromkeys(notes)),
+        streams=tuple(
+            _values([b for d, b in zip(drafts, branches, strict=True) if d.stream == number])
+            for number in range(len(streams))
+        ),
+    )
+    return replace(found, coupling_groups=coupling_groups(flow, found))
 
 
-def _branches(
-    flow: Flow, norms: tuple[Norm, ...], cores: tuple[Core, ...], streams: list[list[Skip]]
-) -> tuple[Branch, ...]:
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A branch before it has a label."""
+
+    region: Region
+    content: Content
+    code: str
+    layer: int
+    stream: int
+
+
+def _drafts(
+    flow: Flow, norms: tuple[Norm, ...], streams: list[list[Skip]], describer: Describer
+) -> list[Draft]:
     regions = Regions(flow, norms)
-    found: list[tuple[Region, Branch]] = []
-    numbers: list[int] = []
-    layer = 0
+    drafts: list[Draft] = []
+    first = 0
     for number, skips in enumerate(streams):
-        mine = [region for skip in skips for region in regions.of(skip)]
-        kinds = [_kind(cores, r) for r in mine]
-        codes = [fingerprint(flow, r) for r in mine]
-        indices = layer_indices(kinds, [skips.index(r.skip) for r in mine], codes)
-        for region, kind, index in zip(mine, kinds, indices, strict=True):
-            found.append((region, _branch(flow, region, kind, layer + index)))
-            numbers.append(number)
-        layer += indices[-1] + 1
-    paths = [module_path([n for n in r.path if is_learned(flow, n)]) for r, _ in found]
-    labels = branch_labels([b.kind for _, b in found], paths, [b.layer for _, b in found], numbers)
-    return tuple(replace(b, label=label) for (_, b), label in zip(found, labels, strict=True))
+        mine = [(place, r) for place, skip in enumerate(skips) for r in regions.of(skip)]
+        contents = [describer.content(r) for _, r in mine]
+        codes = [fingerprint(flow, r) for _, r in mine]
+        kinds = [content.kind for content in contents]
+        indices = layer_indices(kinds, [place for place, _ in mine], codes)
+        for (_, region), content, code, index in zip(mine, contents, codes, indices, strict=True):
+            drafts.append(Draft(region, content, code, first + index, number))
+        first += indices[-1] + 1
+    return drafts
 
 
-def _kind(cores: tuple[Core, ...], region: Region) -> str:
-    if any(core.node in region.path for core in cores):
-        return "attention"
-    if any(ops.is_call(node, "topk") for node in region.path):
-        return "experts"
-    return "feed-forward"
+def _labelled(flow: Flow, drafts: list[Draft]) -> tuple[Branch, ...]:
+    labels = branch_labels(
+        [draft.content.kind for draft in drafts],
+        [module_path([n for n in d.region.path if is_learned(flow, n)]) for d in drafts],
+        [draft.layer for draft in drafts],
+        [draft.stream for draft in drafts],
+    )
+    return tuple(_branch(flow, d, label) for d, label in zip(drafts, labels, strict=True))
 
 
-def _branch(flow: Flow, region: Region, kind: str, layer: int) -> Branch:
-    def names(nodes: frozenset[fx.Node]) -> frozenset[str]:
-        return frozenset(node.name for node in nodes)
-
+def _branch(flow: Flow, draft: Draft, label: str) -> Branch:
+    region = draft.region
     return Branch(
-        label="",
-        kind=kind,
+        label=label,
+        kind=draft.content.kind,
         entry=region.skip.entry.name,
         exit=region.term.node.name,
         join=region.term.join.name,
         other=region.term.other.name,
         after=region.after.name,
         form=region.form,
-        nodes=names(region.own),
-        path=names(region.path),
-        layer=layer,
+        nodes=frozenset(node.name for node in region.own),
+        path=frozenset(node.name for node in region.path),
+        layer=draft.layer,
         state=region.state,
         weights=weights_on(flow, region.path),
+        attention=draft.content.attention,
+        feed_forward=draft.content.feed_forward,
+        experts=draft.content.experts,
     )
+
+
+def _layers(drafts: list[Draft], branches: tuple[Branch, ...]) -> tuple[Layer, ...]:
+    codes: dict[int, list[str]] = {}
+    labels: dict[int, list[str]] = {}
+    streams = {draft.layer: draft.stream for draft in drafts}
+    for draft, branch in zip(drafts, branches, strict=True):
+        codes.setdefault(draft.layer, []).append(draft.code)
+        labels.setdefault(draft.layer, []).append(branch.label)
+    first: dict[tuple[str, ...], int] = {}
+    return tuple(
+        Layer(i, tuple(labels[i]), first.setdefault(tuple(codes[i]), i), streams[i])
+        for i in sorted(codes)
+    )
+
+
+def _values(branches: Iterable[Branch]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for b in branches for name in (b.entry, b.after)))
+
+
+def _notes(cores: tuple[Core, ...], branches: tuple[Branch, ...]) -> list[str]:
+    notes = []
+    if not branches:
+        notes.append("no residual stream: no add whose one operand the other one is made from")
+    elif not cores:
+        notes.append("no attention: no softmax between products of two computed values")
+    outside = [c for c in cores if not any(c.node.name in b.path for b in branches)]
+    notes += [f"{core.node.name}: an attention outside of any branch" for core in outside]
+    return notes
