@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from testbed.planted import models
 from testbed.planted.record import Finding, Planted, features, linear, randomise, tokens
 
+# Neuron number to the number of the one it repeats, and the scale.
+Copies = dict[int, tuple[int, float]]
+
 
 def rescaled_neurons_relu() -> Planted:
     """An OPT with neurons equal to another up to a positive scale, which ReLU passes through.
@@ -15,15 +18,8 @@ def rescaled_neurons_relu() -> Planted:
     The trap is a neuron that is minus another: ReLU keeps the other half of it.
     """
     module = models.opt(seed=4)
-    layer = module.model.decoder.layers[0]
-    for target, (source, scale) in {
-        9: (3, 2.0),
-        20: (3, 0.25),
-        31: (30, 1.0),
-        40: (41, -1.0),
-    }.items():
-        layer.fc1.weight[target] = scale * layer.fc1.weight[source]
-        layer.fc1.bias[target] = scale * layer.fc1.bias[source]
+    into: Copies = {9: (3, 2.0), 20: (3, 0.25), 31: (30, 1.0)}
+    repeat_neurons(module.model.decoder.layers[0].fc1, into | {40: (41, -1.0)})
     where = ("model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2")
     groups = {"groups": (((3, 1.0), (9, 2.0), (20, 0.25)), ((30, 1.0), (31, 1.0)))}
     trap = Finding(
@@ -34,7 +30,6 @@ def rescaled_neurons_relu() -> Planted:
         why="ReLU does not commute with a negative scale",
     )
     reduced = copy.deepcopy(module)
-    into = {9: (3, 2.0), 20: (3, 0.25), 31: (30, 1.0)}
     inner = reduced.model.decoder.layers[0]
     inner.fc1, inner.fc2 = merge_neurons(inner.fc1, inner.fc2, into)
     findings = (Finding("rescaled neurons", where, groups), trap)
@@ -45,15 +40,8 @@ def rescaled_neurons_relu() -> Planted:
 def duplicated_neurons_gelu() -> Planted:
     """A BERT with neurons equal to another. The trap is a rescaled one, which GELU distorts."""
     module = models.bert(seed=5)
-    layer = module.encoder.layer[1]
-    for target, (source, scale) in {
-        7: (2, 1.0),
-        33: (2, 1.0),
-        47: (46, 1.0),
-        12: (11, 2.0),
-    }.items():
-        layer.intermediate.dense.weight[target] = scale * layer.intermediate.dense.weight[source]
-        layer.intermediate.dense.bias[target] = scale * layer.intermediate.dense.bias[source]
+    into: Copies = {7: (2, 1.0), 33: (2, 1.0), 47: (46, 1.0)}
+    repeat_neurons(module.encoder.layer[1].intermediate.dense, into | {12: (11, 2.0)})
     where = ("encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense")
     trap = Finding(
         "rescaled neurons",
@@ -64,7 +52,6 @@ def duplicated_neurons_gelu() -> Planted:
     )
     reduced = copy.deepcopy(module)
     inner = reduced.encoder.layer[1]
-    into = {7: (2, 1.0), 33: (2, 1.0), 47: (46, 1.0)}
     inner.intermediate.dense, inner.output.dense = merge_neurons(
         inner.intermediate.dense, inner.output.dense, into
     )
@@ -73,9 +60,14 @@ def duplicated_neurons_gelu() -> Planted:
     return Planted(name, module, tokens(), (found, trap), "within tolerance", reduced)
 
 
-def merge_neurons(
-    up: nn.Linear, down: nn.Linear, into: dict[int, tuple[int, float]]
-) -> tuple[nn.Linear, nn.Linear]:
+def repeat_neurons(up: nn.Linear, copies: Copies) -> None:
+    """Overwrite each neuron of `copies` by its scaled source."""
+    for target, (source, scale) in copies.items():
+        up.weight[target] = scale * up.weight[source]
+        up.bias[target] = scale * up.bias[source]
+
+
+def merge_neurons(up: nn.Linear, down: nn.Linear, into: Copies) -> tuple[nn.Linear, nn.Linear]:
     """Remove each neuron of `into`; its outgoing weights, scaled, go to the one it repeats."""
     outgoing = down.weight.clone()
     for target, (source, scale) in into.items():
