@@ -69,21 +69,22 @@ class Dims:
     def after(self, exported: torch.export.ExportedProgram) -> tuple[Dims, list[str]]:
         """Returns the dimensions that survived the export, and a note for each that did not."""
         values = _placeholder_values(exported, len(self.example))
-        lost: dict[str, str] = {}
+        lost: dict[str, Any] = {}
         ranges = dict(self.ranges)
-        for (name, entries), value in zip(self.axes.items(), values, strict=True):
+        for entries, value in zip(self.axes.values(), values, strict=True):
             for axis, entry in enumerate(entries):
                 if not isinstance(entry, str) or entry not in self.sizes:
                     continue
                 size = value.shape[axis]
                 if is_fixed(size):
-                    lost.setdefault(entry, f"'{name}' axis {axis}")
+                    lost.setdefault(entry, size)
                 else:
                     ranges[entry] = _narrow(ranges[entry], exported, size)
         notes = [
-            f"dimension '{dim}' is fixed to {self.sizes[dim]} ({place}){_why(exported, place)}"
-            for dim, place in lost.items()
+            f"dimension '{dim}' is fixed to {self.sizes[dim]}{_why(size)}"
+            for dim, size in lost.items()
         ]
+        notes += _assumptions(values)
         return replace(self, ranges=ranges).fix(lost), notes
 
 
@@ -219,5 +220,40 @@ def _narrow(
     return low, high
 
 
-def _why(exported: torch.export.ExportedProgram, place: str) -> str:
-    return ""
+def _assumptions(values: Iterable[Any]) -> list[str]:
+    """Returns a note for each condition on sizes that the trace took for granted.
+
+    Bounds on one size are in the ranges already; what is left are conditions such as
+    `Mod(seq, 8) == 0`, which a branch in the model's code asked for.
+    """
+    environment = _environment(values)
+    notes = []
+    for guard in getattr(environment, "guards", ()):
+        expression = guard.expr.xreplace(environment.replacements)
+        words = sorted(map(str, expression.free_symbols))
+        if words and (expression.atoms(sympy.Mod) or "Mod(" in str(expression)):
+            notes.append(f"traced for sizes with {expression}{_at(guard.sloc)}")
+    return notes
+
+
+def _environment(values: Iterable[Any]) -> Any:
+    for value in values:
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
+
+
+def _why(size: Any) -> str:
+    """Returns ` at file:line` of the user code that gave a symbolic size its one value."""
+    if isinstance(size, int):
+        return ""
+    places = getattr(size.node.shape_env, "replacements_slocs", {})
+    return _at(places.get(size.node._expr))
+
+
+def _at(place: Any) -> str:
+    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    if frame is None or not hasattr(frame, "filename") or "/torch/" in frame.filename:
+        return ""
+    return f" at {frame.filename}:{frame.lineno}"

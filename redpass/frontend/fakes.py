@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,6 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from redpass.errors import TraceError
@@ -34,20 +35,23 @@ def propagate(core: Core, dims: Dims, outputs: tuple[str, ...], notes: list[str]
         TraceError: an op that cannot be computed on symbolic sizes.
     """
     mode, symbols = symbolic_mode(dims)
-    _fill(core, dims, mode, symbols)
-    fixed = [name for name, symbol in symbols.items() if is_fixed(symbol)]
+    fixed = _fill(core, dims, mode, symbols)
     if fixed:
         # An op allows one size only; fake values that still hold the symbol would lie about it.
-        dims = dims.fix(fixed)
-        mode, symbols = symbolic_mode(dims)
-        _fill(core, dims, mode, symbols)
         notes += [
-            f"dimension '{name}' is fixed: an op of the graph allows one size" for name in fixed
+            f"dimension '{name}' is fixed to {dims.sizes[name]}{place}"
+            for name, place in fixed.items()
         ]
+        dims = dims.fix(fixed)
+        _fill(core, dims, *symbolic_mode(dims))
     return _signature(core.graph, dims, outputs)
 
 
-def _fill(core: Core, dims: Dims, mode: FakeTensorMode, symbols: dict[str, SymInt]) -> None:
+def _fill(
+    core: Core, dims: Dims, mode: FakeTensorMode, symbols: dict[str, SymInt]
+) -> dict[str, str]:
+    """Computes all fake values. Returns dimensions that turned out to have one size, and where."""
+    fixed: dict[str, str] = {}
     inputs = iter(dims.example.items())
     for node in core.graph.nodes:
         if node.op == "placeholder":
@@ -57,6 +61,16 @@ def _fill(core: Core, dims: Dims, mode: FakeTensorMode, symbols: dict[str, SymIn
             node.meta["val"] = fake_tensor(mode, core.weights[str(node.target)])
         elif node.op == "call_function":
             node.meta["val"] = _call(mode, node)
+            for name, symbol in symbols.items():
+                if name not in fixed and is_fixed(symbol):
+                    fixed[name] = user_line(node)
+    return fixed
+
+
+def user_line(node: fx.Node) -> str:
+    """Returns ` at file:line` of the model's code a node comes from, or ''."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" at {found[-1][0]}:{found[-1][1]}" if found else ""
 
 
 def symbolic_mode(dims: Dims) -> tuple[FakeTensorMode, dict[str, SymInt]]:
@@ -78,6 +92,7 @@ def _symbol(environment: ShapeEnv, name: str, size: int) -> SymInt:
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
     """Lets the next symbol be called `name` instead of `s7`."""
+    symbolic_shapes: Any = importlib.import_module("torch.fx.experimental.symbolic_shapes")
     original = symbolic_shapes.make_symbol
     # torch reads the kind of a symbol off its first letters: u and z are not plain sizes.
     safe = f"n_{name}" if name[0] in "uzUZ" else name
@@ -85,7 +100,7 @@ def _named(name: str) -> Iterator[None]:
     def make(_kind: Any, _number: Any, **assumptions: Any) -> sympy.Symbol:
         return sympy.Symbol(safe, **assumptions)
 
-    symbolic_shapes.make_symbol = make  # type: ignore[assignment]
+    symbolic_shapes.make_symbol = make
     try:
         yield
     finally:

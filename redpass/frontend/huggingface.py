@@ -259,6 +259,16 @@ def _short(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the libraries' load reports and bars off the terminal; errors still raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    import transformers.utils.logging as log
+
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

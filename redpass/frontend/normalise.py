@@ -57,13 +57,14 @@ def core_form(exported: ExportedProgram, inputs: tuple[str, ...], prefix: str) -
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
     try:
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TraceError(
             f"the model's in-place writes cannot be removed: {first}",
             hint="write to a copy (`x = x + y` in place of `x += y`)",
         ) from error
+    return functional
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -149,9 +150,9 @@ class _Copier:
 
     def _tensor(self, spec: Any) -> Tensor:
         target = str(spec.target)
-        if target in self.exported.state_dict:
-            return self.exported.state_dict[target]
-        return self.exported.constants[target]
+        state, constants = self.exported.state_dict, self.exported.constants
+        found: Tensor = state[target] if target in state else constants[target]
+        return found
 
     def _weight(self, name: str, tensor: Tensor) -> fx.Node:
         """Returns the one reader of a weight; tied weights share it."""
@@ -165,7 +166,7 @@ class _Copier:
     def _body(self, module: fx.GraphModule) -> list[Any]:
         for node in module.graph.nodes:
             if node.op == "call_function":
-                self.values[node] = self._call(module, node)
+                self.values[node] = self._call(node)
             elif node.op == "get_attr":
                 self.values[node] = getattr(module, str(node.target))
             elif node.op == "output":
@@ -174,7 +175,7 @@ class _Copier:
                 raise TraceError(f"a call to {node.target} is left in the graph", place=node.name)
         raise TraceError("the graph has no output")
 
-    def _call(self, module: fx.GraphModule, node: fx.Node) -> Any:
+    def _call(self, node: fx.Node) -> Any:
         name = _operator_name(node)
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             return self._inline(node, 1 if name == "wrap_with_set_grad_enabled" else 4)
