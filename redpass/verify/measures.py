@@ -162,13 +162,19 @@ def neighbour_agreement(samples: list[Samples]) -> Estimate:
     now, was = (torch.nn.functional.normalize(part, dim=-1) for part in join(samples).extra)
     k = max(1, min(NEIGHBOURS, (len(now) - 1) // 4))
     shares = torch.cat(
-        [
-            (_nearest(now, rows, k).unsqueeze(2) == _nearest(was, rows, k).unsqueeze(1)).sum((1, 2))
-            / k
-            for rows in torch.arange(len(now)).split(PIECE)
-        ]
+        [_shared(_nearest(now, part, k), _nearest(was, part, k)) for part in _pieces(len(now))]
     )
     return mean([_rows(shares, torch.ones_like(shares))])
+
+
+def _pieces(count: int) -> tuple[Tensor, ...]:
+    return torch.arange(count).split(PIECE)
+
+
+def _shared(left: Tensor, right: Tensor) -> Tensor:
+    """Share of each row's numbers in `left` that are in `right`'s row too."""
+    found = left.unsqueeze(2) == right.unsqueeze(1)
+    return found.sum((1, 2)).double() / left.shape[1]
 
 
 def _nearest(vectors: Tensor, rows: Tensor, k: int) -> Tensor:
