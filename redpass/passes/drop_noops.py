@@ -92,6 +92,8 @@ class _Noops:
             copies = ops.is_call(source, *ops.COPYING_VIEWS) and not ops.is_contiguous(before)
             if copies and ops.layout(before) != ops.layout(source):
                 return None
+            if ops.is_call(source, "squeeze") and _rank(before) == _rank(source):
+                return None  # tracing took the size not to be 1; when it is, the rank changes
             source = before
             if ops.layout(source) == wanted:
                 return source
@@ -113,10 +115,10 @@ class _Noops:
     def _dropout(self, node: fx.Node) -> Found:
         if not ops.is_call(node, *ops.DROPOUTS):
             return None
-        source = self._operand(node)
-        return _why_not_dropped(node) or (
-            source if ops.layout(source) == ops.layout(node) else None
-        )
+        return self._why_not_dropped(node) or self._operand(node)
+
+    def _why_not_dropped(self, dropout: fx.Node) -> str | None:
+        return "it is in training mode" if ops.is_random(dropout) else None
 
     def _why_not_without(self, copy: fx.Node, source: fx.Node) -> str | None:
         if source.op != "call_function" and any(user.op == "output" for user in copy.users):
@@ -124,7 +126,7 @@ class _Noops:
         if ops.layout(copy) == ops.layout(source):
             return None
         for reader in copy.users:
-            moves = ops.is_view(reader) or ops.is_call(reader, *ops.JOINS)
+            moves = ops.is_call(reader, *ops.COPYING_VIEWS, *ops.JOINS)
             if not moves or self._layout_without(reader, copy, source) != ops.layout(reader):
                 return f"{reader.name} depends on the order in memory that this gives"
         return None
@@ -133,15 +135,12 @@ class _Noops:
         args, kwargs = fx.node.map_arg(
             (reader.args, reader.kwargs), lambda n: (source if n is copy else n).meta["val"]
         )
-        try:
-            with self.mode:
-                return ops.layout_of(reader.target(*args, **kwargs))  # type: ignore[operator]
-        except (RuntimeError, ValueError):
-            return None
+        with self.mode:
+            return ops.layout_of(reader.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def _why_not_dropped(dropout: fx.Node) -> str | None:
-    return "it is in training mode" if ops.is_random(dropout) else None
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
 
 
 def _judge_check(node: fx.Node) -> Action | Skip:

@@ -116,6 +116,13 @@ def test_dropout_outside_training_and_checks_that_hold(check_pass):
     assert checked.after.text.count("\n") == 2
 
 
+def test_a_squeeze_whose_effect_depends_on_the_size_stays():
+    b = Builder()
+    x = b.input("x", "batch", 4)
+    out = b.call(aten.relu.default, b.call(aten.squeeze.dim, x, 0))
+    assert not run_pass(DropNoops(), b.program(out)).plan.actions
+
+
 def test_a_value_of_other_strides_is_not_the_same_view():
     b = Builder()
     x = b.input("x", 1, 4)
