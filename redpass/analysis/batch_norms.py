@@ -44,38 +44,40 @@ class BatchNorm:
         factor = factor if gain is None else factor * gain
         return factor, (0 if bias is None else bias) - mean * factor
 
-    def folded(self, layer: fx.Node, program: Program) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias, in float64, of a layer that does what both do together."""
-        weight, bias = (_double(n, program) for n in self.operands(layer, "weight", "bias"))
-        if weight is None:
-            raise ValueError(f"{layer.name} has no weight")
+    def fold(
+        self, layer: fx.Node, weight: Tensor, bias: Tensor | None, program: Program
+    ) -> tuple[Tensor, Tensor]:
+        """Returns weight and bias, in float64, of a layer that does what both do together.
+
+        Args:
+            weight: what stands for the layer's own weight, in float64.
+            bias: the same for its bias.
+        """
         factor, shift = self.affine(program)
         return (_after if self.follows else _before)(layer, weight, bias, factor, shift)
 
 
 def batch_norms(program: Program, facts: Facts | None = None) -> tuple[BatchNorm, ...]:
-    """Finds every batch norm. A layer between two is given to the first."""
+    """Finds every batch norm, each with the layer before it, or else the one after it."""
     del facts
-    found, taken = [], set()
-    for node in program.graph.nodes:
-        if not ops.is_call(node, "batch_norm"):
-            continue
-        before, after = node.args[0], next(iter(node.users))
-        if _is_layer(before) and before not in taken:
-            norm = BatchNorm(node, before, follows=True)
-        elif _is_layer(after) and after.args[0] is node and after not in taken:
-            norm = BatchNorm(node, after, follows=False)
-        else:
-            norm = BatchNorm(node, None, follows=True)
-        taken.add(norm.layer)
-        found.append(norm)
-    return tuple(found)
+    nodes = (node for node in program.graph.nodes if ops.is_call(node, "batch_norm"))
+    return tuple(_read(node) for node in nodes)
+
+
+def _read(node: fx.Node) -> BatchNorm:
+    before, after = node.args[0], next(iter(node.users), None)
+    if not _is_layer(before) and isinstance(after, fx.Node) and _is_layer(after):
+        return BatchNorm(node, after, follows=False)
+    layer = before if isinstance(before, fx.Node) and _is_layer(before) else None
+    return BatchNorm(node, layer, follows=True)
 
 
 def _is_layer(node: Any) -> bool:
     if not isinstance(node, fx.Node) or not ops.is_call(node, *LAYERS) or node.kwargs:
         return False
     weight, bias = ops.argument(node, "weight"), ops.argument(node, "bias")
+    if not isinstance(weight, fx.Node):
+        return False
     return weight.op == "get_attr" and (bias is None or bias.op == "get_attr")
 
 

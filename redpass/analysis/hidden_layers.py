@@ -98,7 +98,7 @@ class _Region:
     def layer(self, order: dict[fx.Node, int]) -> HiddenLayer:
         first = tuple(self.first.values())
         nodes = tuple(sorted(self.nodes, key=order.__getitem__))
-        obstacle = next((*self.problems, *self._obstacles(first)), None)  # type: ignore[call-overload]
+        obstacle = next(iter([*self.problems, *self._obstacles(first)]), None)
         return HiddenLayer(first, nodes, tuple(dict.fromkeys(self.vectors)), self.second, obstacle)
 
     def _obstacles(self, first: tuple[Linear, ...]) -> Iterator[str]:

@@ -170,7 +170,7 @@ def can_view(mode: FakeTensorMode, node: fx.Node, value: Tensor) -> bool:
             continue
         try:
             viewed = fake_call(mode, user, {node: value})
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             return False
         if isinstance(viewed, Tensor) and not can_view(mode, user, viewed):
             return False

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.batch_norms import BatchNorm, batch_norms
@@ -48,14 +49,15 @@ class FoldBatchNorms:
 def _judge_all(
     norms: tuple[BatchNorm, ...], table: Linears, program: Program
 ) -> Iterator[Action | Skip]:
+    fit: dict[fx.Node, list[BatchNorm]] = {}
     for norm in norms:
-        rule = FIRST if norm.follows else LAST
         if norm.layer is None:
-            yield Skip(rule, norm.node.name, "no convolution or linear stands beside it")
+            yield Skip(FIRST, norm.node.name, "no convolution or linear stands beside it")
         elif reason := _why_not(norm, norm.layer, table):
-            yield Skip(rule, norm.node.name, reason)
+            yield Skip(FIRST if norm.follows else LAST, norm.node.name, reason)
         else:
-            yield _fold(norm, norm.layer, rule, program)
+            fit.setdefault(norm.layer, []).append(norm)
+    yield from (_fold(found, layer, program) for layer, found in fit.items())
 
 
 def _why_not(norm: BatchNorm, layer: fx.Node, table: Linears) -> str | None:
@@ -86,28 +88,37 @@ def _why_not_this_layer(norm: BatchNorm, layer: fx.Node) -> str | None:
     return None
 
 
-def _fold(norm: BatchNorm, layer: fx.Node, rule: str, program: Program) -> Action:
-    old, bias = norm.operands(layer, "weight", "bias")
-    weight, offset = norm.folded(layer, program)
-    name, source = new_name(program, str(old), "normed"), f"{old} with {norm.node.name}"
-    dtype = program.weights[str(old)].dtype
-    last = norm.node if norm.follows else layer
-    value: Any = layer.args[0] if norm.follows else norm.node.args[0]
+def _fold(norms: list[BatchNorm], layer: fx.Node, program: Program) -> Action:
+    """Folds one norm, or the one before and the one after, into `layer`."""
+    value, last = layer.args[0], layer
+    old, old_bias = norms[0].operands(layer, "weight", "bias")
+    weight = program.weights[str(old)].double()
+    bias = None if old_bias is None else program.weights[old_bias].double()
+    for norm in norms:
+        weight, bias = norm.fold(layer, weight, bias, program)
+        value, last = (value, norm.node) if norm.follows else (norm.node.args[0], last)
+    name, dtype = new_name(program, str(old), "normed"), program.weights[str(old)].dtype
+    source: Any = value
     target: Any = layer.target
-    args = (Ref(value.name), WeightRef(name), WeightRef(f"{name}_bias"), *layer.args[3:])
+    args = (Ref(source.name), WeightRef(name), WeightRef(f"{name}_bias"), *layer.args[3:])
     node = f"{layer.name}_normed"
-    removed = 4 * offset.numel() if norm.follows else 4 * program.weights[str(old)].shape[1]
-    saved = removed - (offset.numel() if bias is None else 0)
+    names = " and ".join(norm.node.name for norm in norms)
     return Action(
-        rule,
-        norm.node.name,
+        FIRST if norms[0].follows else LAST,
+        norms[0].node.name,
         (
-            SetWeight(name, weight.to(dtype), source),
-            SetWeight(f"{name}_bias", offset.to(dtype), source),
+            SetWeight(name, weight.to(dtype), f"{old} with {names}"),
+            SetWeight(f"{name}_bias", _rounded(bias, dtype), f"{old_bias} with {names}"),
             Insert(node, target, args, last.name, dict(layer.kwargs)),
             Replace(last.name, node),
         ),
-        f"{layer.name}, just {'before' if norm.follows else 'after'} it, takes factors and shifts",
-        {"channels": offset.numel()},
-        {"parameters": saved, "bytes": saved * dtype.itemsize},
+        f"{layer.name} takes the factors and shifts of {names}",
+        {"norms": len(norms)},
     )
+
+
+def _rounded(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Every fold makes a bias; None is what the type allows before the first."""
+    if bias is None:
+        raise ValueError("no norm was folded")
+    return bias.to(dtype)
