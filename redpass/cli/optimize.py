@@ -1,0 +1,215 @@
+"""`redpass optimize`: the main job, from a model to a checked, smaller one."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from redpass.cli import sources
+from redpass.cli.options import (
+    Budget,
+    DataFile,
+    DataOptions,
+    Model,
+    ModelOptions,
+    ResultOptions,
+    RunOptions,
+)
+from redpass.cli.screen import Screen
+from redpass.errors import BudgetError, UsageError
+from redpass.progress import Listener
+
+if TYPE_CHECKING:
+    from redpass.config import Settings
+    from redpass.pipeline import Result
+    from redpass.record import LatencyRecord, RunRecord
+
+Passes = Annotated[
+    str | None,
+    Option(
+        metavar="NAMES",
+        help="Passes in order, e.g. 'drop_noops,drop_branches(min_similarity=0.9)'. Default: the "
+        "exact ones, and with a --budget the approximate ones too.",
+    ),
+]
+
+
+def optimize(
+    model: Model,
+    source: ModelOptions,
+    rows: DataOptions,
+    result: ResultOptions,
+    run: RunOptions,
+    data: DataFile = None,
+    budget: Budget = "",
+    passes: Passes = None,
+    bench: Annotated[bool, Option(help="Measure latency before and after.")] = True,
+    dry: Annotated[
+        bool, Option("--dry-run", help="Show what could be done; write nothing.")
+    ] = False,
+) -> None:
+    """Remove redundancy from MODEL, check the result, write it to --out."""
+    formats = sources.check_formats(result.format)
+    sources.check_model(model)
+    if data is not None:
+        sources.check_data(data)
+    job = Job(model, source, rows, run, data, budget, passes)
+    screen = Screen(run)
+    if dry:
+        _finish(screen, job.plan(screen), [])
+        return
+    if result.out is None:
+        raise UsageError(
+            "no place for the result", place="--out", hint="name a folder, or --dry-run"
+        )
+    with _staged(result, model) as folder:
+        try:
+            with screen.listening() as listener:
+                found = job.run_pipeline(listener)
+                record = job.write(found, folder, formats, listener, bench=bench)
+        except BudgetError as error:
+            _show_miss(screen, error)
+            raise
+    _finish(screen, record, _written(result.out))
+
+
+class Job:
+    """One run of the pipeline with everything the user said about it."""
+
+    def __init__(
+        self,
+        model: Path,
+        source: ModelOptions,
+        rows: DataOptions,
+        run: RunOptions,
+        data: Path | None,
+        budget: str,
+        passes: str | None,
+    ) -> None:
+        self.model, self.source, self.rows, self.options = model, source, rows, run
+        self.data, self.budget, self.passes = data, budget, passes
+
+    def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
+        """Loads the model and the data, and optimises.
+
+        Args:
+            limit: apply only the first actions; in place of `REDPASS_LIMIT`.
+        """
+        from redpass import data as data_module
+        from redpass import pipeline
+        from redpass.budget.spec import parse_budget
+        from redpass.passes.spec import parse_passes
+
+        sources.prepare(self.options)
+        budget = parse_budget(self.budget)  # a typing mistake is told before the model is loaded
+        chosen = None if self.passes is None else parse_passes(self.passes)
+        self.program = sources.load(
+            self.model,
+            self.source,
+            data=self.data,
+            tokenizer=self.rows.tokenizer,
+            listener=listener,
+        )
+        batches = None if self.data is None else sources.read(self.data, self.program, self.rows)
+        return pipeline.optimize(
+            self.program,
+            chosen,
+            budget=budget,
+            data=None if batches is None else data_module.split(batches),
+            settings=self._settings(limit),
+            listener=listener,
+            seed=self.options.seed,
+            command=command_line(),
+        )
+
+    def plan(self, screen: Screen) -> RunRecord:
+        """Does everything but apply; the record holds what could be done as `planned`."""
+        with screen.listening() as listener:
+            record = self.run_pipeline(listener, limit=0).record
+        actions = [
+            replace(action, outcome="planned", why="")
+            if action.outcome == "beyond limit"
+            else action
+            for action in record.actions
+        ]
+        return replace(record, verdict="dry run", actions=actions)
+
+    def write(
+        self,
+        found: Result,
+        folder: Path,
+        formats: tuple[str, ...],
+        listener: Listener,
+        *,
+        bench: bool,
+    ) -> RunRecord:
+        """Writes the result and its report; returns the record with files and latency in it."""
+        from redpass import export
+        from redpass.manifest import file_bytes
+        from redpass.report import write_report
+
+        listener.start("writing")
+        export.write(found.program, folder, formats)
+        listener.finish("writing")
+        after = replace(found.record.after, file_bytes=file_bytes(folder))
+        record = replace(found.record, after=after)
+        if bench:
+            listener.start("measuring latency")
+            record = replace(record, latency=self._latency(found))
+            listener.finish("measuring latency")
+        write_report(record, folder)
+        return record
+
+    def _latency(self, found: Result) -> list[LatencyRecord]:
+        from redpass import bench
+
+        return bench.quick(self.program, found.program)
+
+    def _settings(self, limit: int | None) -> Settings:
+        from redpass.config import from_environment
+
+        settings = from_environment()
+        return settings if limit is None else replace(settings, limit=limit)
+
+
+def command_line() -> str:
+    """Returns the command as it can be pasted into a shell."""
+    return shlex.join(["redpass", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def _staged(result: ResultOptions, model: Path) -> Iterator[Path]:
+    from redpass.artifact import staged
+
+    assert result.out is not None  # the command saw to it
+    with staged(result.out, source=model, force=result.force) as folder:
+        yield folder
+
+
+def _written(out: Path) -> list[Path]:
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _show_miss(screen: Screen, error: BudgetError) -> None:
+    """Shows how far a run came that missed its budget; the error itself follows."""
+    record = getattr(error, "record", None)
+    if record is not None:
+        from redpass.report.terminal import run_summary
+
+        screen.show(run_summary(record))
+        screen.emit(asdict(record))
+
+
+def _finish(screen: Screen, record: RunRecord, paths: list[Path]) -> None:
+    from redpass.report.terminal import run_summary
+
+    screen.show(run_summary(record))
+    screen.emit(asdict(record) | {"written": [str(path) for path in paths]})
+    screen.wrote(paths)

@@ -1,0 +1,35 @@
+"""`redpass passes`: what can be done to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from redpass.cli.options import RunOptions
+from redpass.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from redpass.plan import Pass
+
+
+def passes(run: RunOptions) -> None:
+    """List every pass: what it removes, what it promises, its options."""
+    from redpass.passes import PASSES
+    from redpass.report.terminal import pass_list
+
+    screen = Screen(run)
+    described = [_describe(kind) for kind in PASSES.values()]
+    screen.emit(described)
+    screen.show(pass_list(described))
+
+
+def _describe(kind: type[Pass]) -> dict[str, Any]:
+    text = inspect.getdoc(kind) or ""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return {
+        "name": kind.name,
+        "exactness": kind.exactness.value,
+        "removes": text.partition("\n")[0],
+        "options": {option.name: repr(option.default) for option in fields},
+    }

@@ -1,0 +1,119 @@
+"""From what the user typed to a program and its data. Cheap checks come before torch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from redpass.cli.options import DataOptions, ModelOptions, RunOptions
+from redpass.errors import DataError, LoadError, UsageError, nearest
+from redpass.manifest import NAME as MANIFEST
+from redpass.progress import Listener, Silent
+
+if TYPE_CHECKING:
+    from redpass.data import Batches
+    from redpass.program import Program
+
+FORMATS = ("pt2", "onnx")
+
+
+def check_model(path: Path) -> Path:
+    """Returns the file or folder to load; for a folder that redpass wrote, its `model.pt2`.
+
+    Raises:
+        LoadError: nothing is there, or the file is empty.
+    """
+    hint = "give a Hugging Face folder, a .pt2, a .pt, or a folder that redpass wrote"
+    try:
+        if path.is_dir():
+            inner = path / "model.pt2"
+            return inner if (path / MANIFEST).exists() and inner.exists() else path
+        if not path.stat().st_size:
+            raise LoadError("is empty", file=path, hint="fetch the file again")
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        text = "no such file or folder" if missing else f"cannot be read: {error.strerror}"
+        raise LoadError(text, file=path, hint=hint) from error
+    return path
+
+
+def check_data(path: Path) -> Path:
+    """Returns `path`. Raises `DataError` when it is missing, empty or a folder."""
+    try:
+        if path.is_dir():
+            raise DataError("is a folder", file=path, hint="name a file")
+        if not path.stat().st_size:
+            raise DataError("is empty", file=path, hint="give at least one row of data")
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        text = "no such file" if missing else f"cannot be read: {error.strerror}"
+        raise DataError(text, file=path, hint="check the path given to --data") from error
+    return path
+
+
+def check_formats(text: str) -> tuple[str, ...]:
+    """Returns the formats named. Raises `UsageError` for one that is not known."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in FORMATS:
+            hint = nearest(name, FORMATS)
+            raise UsageError(f"unknown format '{name}'", place="--format", hint=hint)
+    if not names:
+        raise UsageError("names no format", place="--format", hint=nearest("", FORMATS))
+    return names
+
+
+def prepare(run: RunOptions) -> None:
+    """Sets threads and seed. The first thing that imports torch."""
+    import torch
+
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    torch.manual_seed(run.seed)
+
+
+def load(
+    model: Path,
+    options: ModelOptions,
+    *,
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+    listener: Listener | None = None,
+) -> Program:
+    """Loads and traces a model, with the first rows of a data file as example inputs.
+
+    Raises:
+        LoadError, TraceError, UsageError, DataError: see `redpass.load`.
+    """
+    from redpass import frontend
+
+    listener = listener or Silent()
+    stage = f"loading {model.name or model}"
+    listener.start(stage)
+    try:
+        return frontend.load(
+            check_model(model),
+            inputs=options.input,
+            data=options.example or (None if options.input else data),
+            tokenizer=tokenizer,
+            task=options.task,
+            module=options.module,
+            allow=options.allow,
+            unsafe_pickle=options.unsafe_pickle,
+        )
+    finally:
+        listener.finish(stage)
+
+
+def read(path: Path, program: Program, options: DataOptions) -> Batches:
+    """Reads a data file for a program. Raises `DataError`."""
+    from redpass import frontend
+
+    return frontend.read_batches(
+        check_data(path),
+        program,
+        batch_size=options.batch_size,
+        tokenizer=options.tokenizer,
+        length=options.length,
+        limit=options.rows,
+    )

@@ -1,0 +1,148 @@
+"""The HTML report: complete, self-contained, and safe against any name a model may carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+from sample import DROPPED, hostile, sample
+
+from redpass.record import CostRecord, RunRecord
+from redpass.report import render, rows
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the visible text, and whether the tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+
+@pytest.fixture(scope="module")
+def record() -> RunRecord:
+    return sample()
+
+
+@pytest.fixture(scope="module")
+def page(record: RunRecord) -> Page:
+    return Page(render(record))
+
+
+def test_every_section_is_there(page: Page) -> None:
+    for text in (
+        "budget met", "Before and after", "Where the redundancy is", "Branches",
+        "What was done, and why", "What was skipped, and why", "Passes", "Where it came from",
+    ):  # fmt: skip
+        assert text in page.text
+
+
+def test_every_figure_of_the_table_is_there(page: Page) -> None:
+    figures = ["22.7 M", "20.9 M", "-7.8%", "5.44 G", "91.0 MB", "14.2 ms", "-20.4%"]
+    notes = ["quartiles 0.788 to 0.806", "0.9843 ± 0.0011", "no C++ compiler was found"]
+    for text in figures + notes:
+        assert text in page.text
+
+
+def test_every_action_and_skip_is_there(page: Page, record: RunRecord) -> None:
+    for action in record.actions:
+        assert action.target in page.text
+        assert action.reason in page.text
+    for skip in record.skips:
+        assert skip.target in page.text
+    assert "5e" * 32 in page.text
+    assert record.command in page.text
+
+
+def test_map_has_a_cell_a_pair_and_marks_what_was_removed(page: Page, record: RunRecord) -> None:
+    side = len(record.matrices[0].labels)
+    paths = [attributes for tag, attributes in page.elements if tag == "path"]
+    assert sum("fill" in attributes for attributes in paths) == side * side
+    assert sum(attributes.get("class") == "edge" for attributes in paths) == len(DROPPED)
+    marked = [a for tag, a in page.elements if tag == "text" and a.get("class") == "gone"]
+    assert len(marked) == 2 * len(DROPPED)
+    assert "layers.3.attention / layers.2.feed-forward: " in page.text
+
+
+def test_large_map_stays_small() -> None:
+    text = render(sample(layers=64))
+    assert Page(text).count("path") < 100
+    assert len(text) < 300_000
+
+
+def test_page_asks_for_nothing_from_outside(record: RunRecord) -> None:
+    text = render(record)
+    assert not re.findall(r"(?:src|href|@import|url\(|https?:)", text)
+    assert "<script" not in text
+
+
+def test_hostile_names_stay_text() -> None:
+    text = render(hostile())
+    page = Page(text)
+    assert page.count("script") == 0
+    assert "&lt;script&gt;alert(1)" in text
+    assert "\x1b" not in text
+
+
+def test_both_themes_and_print_have_colours(record: RunRecord) -> None:
+    text = render(record)
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+@pytest.mark.parametrize("verdict", rows.VERDICTS)
+def test_every_verdict_has_words(record: RunRecord, verdict: str) -> None:
+    page = Page(render(dataclasses.replace(record, verdict=verdict)))
+    assert rows.VERDICTS[verdict][0] in page.text
+
+
+def test_record_with_nothing_in_it() -> None:
+    nothing = CostRecord(0, 0, 0.0, {}, 0, 0)
+    record = dataclasses.replace(
+        sample(), verdict="no budget", before=nothing, after=nothing, passes=[], actions=[],
+        skips=[], quality=[], branches=[], matrices=[], latency=[], notes=[], machine={},
+        command="", data="", data_digest="", model_digest="", budget="",
+    )  # fmt: skip
+    page = Page(render(record))
+    assert "no pass found anything to change" in page.text
+    assert "Where the redundancy is" not in page.text
+
+
+def test_figures_that_were_not_measured_are_not_numbers() -> None:
+    record = sample()
+    quality = [dataclasses.replace(q, stderr=None, value=float("nan")) for q in record.quality]
+    values = [[None] * 25] * 25
+    matrix = dataclasses.replace(record.matrices[0], values=values)
+    text = render(dataclasses.replace(record, quality=quality, matrices=[matrix]))
+    assert "nan" not in Page(text).text
+    assert "None" not in Page(text).text

@@ -1,0 +1,77 @@
+"""Tables in a terminal: nothing is cut that matters, and no name is markup or control code."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+from sample import DROPPED, hostile, sample
+
+from redpass.report import terminal
+
+
+def drawn(part: RenderableType, width: int = 80, color: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=color, markup=False, highlight=False,
+        color_system="truecolor" if color else None,
+    )  # fmt: skip
+    console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_summary_tells_verdict_figures_and_what_went() -> None:
+    text = drawn(terminal.run_summary(sample()))
+    for part in ("budget met", "-16.9%", "0.9843 ± 0.0011", *DROPPED):
+        assert part in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_tables_fit_every_width(width: int) -> None:
+    record = sample()
+    parts = (
+        terminal.before_after(record),
+        terminal.branches(record.branches),
+        terminal.passes(record.passes),
+    )
+    for part in parts:
+        assert max(map(len, drawn(part, width).splitlines())) <= width
+
+
+def test_names_stay_whole_in_80_columns() -> None:
+    record = sample()
+    text = drawn(terminal.branches(record.branches))
+    for branch in record.branches:
+        assert branch.label in text
+
+
+def test_map_with_and_without_colours() -> None:
+    data = sample(2).matrices[0]
+    plain = drawn(terminal.matrix(data, color=False), 100)
+    assert "\x1b" not in plain
+    assert len({*plain} & {*terminal.SHADES}) > 2, "without colours shades tell the figures apart"
+    assert "38;2;" in drawn(terminal.matrix(data), 100, color=True)
+
+
+def test_place_chooses_what_is_told() -> None:
+    text = drawn(terminal.places(sample(), "layers.7"), 200)
+    assert "layers.7.attention" in text
+    assert "applied" in text
+    assert "layers.8" not in text
+    low = drawn(terminal.places(sample(), "layers.0"), 200)
+    assert "similarity 0.7200 is below 0.8" in low
+
+
+def test_hostile_names_draw_nothing_on_the_terminal() -> None:
+    record = hostile()
+    tables = [terminal.run_summary(record), terminal.branches(record.branches)]
+    for part in (*tables, terminal.places(record), terminal.matrix(record.matrices[0])):
+        assert "\x1b" not in drawn(part, 200)
+
+
+def test_latency_tells_ratio_and_failure() -> None:
+    record = sample()
+    text = drawn(terminal.latency(record.latency, record.machine), 120)
+    for part in ("0.796", "0.788 to 0.806", "no C++ compiler was found", "torch 2.13.0"):
+        assert part in text

@@ -1,0 +1,154 @@
+"""What may import what, how long things may get, and what may happen at import time."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import redpass
+
+ROOT = Path(redpass.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+LAYERS = (
+    {"errors", "config", "record", "progress", "atomic", "manifest", "artifact"},
+    {"program", "ops", "data", "plan"},
+    {"rewrite", "facts", "analysis", "verify", "reproducer"},
+    {"passes", "codegen"},
+    {"engine", "recipe", "budget", "summary", "pipeline", "frontend", "export", "runtime", "bench"},
+    {"report", "cli"},
+)
+"""Low to high: a module imports from its own layer and those before it."""
+
+LONGEST_FILE, LONGEST_PASS, LONGEST_FUNCTION, MEDIAN_FUNCTION = 300, 150, 60, 12
+
+
+def part(file: Path) -> str:
+    """The file or folder right under `redpass/` that `file` belongs to."""
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if name in names)
+
+
+def imported(file: Path) -> Iterator[tuple[str, int]]:
+    """The parts of redpass that a file imports, anywhere in it, with line numbers.
+
+    What only a type checker reads makes no dependency.
+    """
+    for node in executed(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root == "redpass" and rest and not hasattr(redpass, f"__{rest.strip('_')}__"):
+                yield rest.partition(".")[0], node.lineno
+
+
+def executed(tree: ast.AST) -> Iterator[ast.AST]:
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        test = child.test if isinstance(child, ast.If) else None
+        if not (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"):
+            yield from executed(child)
+
+
+def functions(file: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield f"{file.relative_to(ROOT)}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_every_part_has_its_layer() -> None:
+    known = set().union(*LAYERS)
+    assert {part(file) for file in FILES} - {"__init__"} <= known
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in FILES
+        if part(file) != "__init__"
+        for name, line in imported(file)
+        if layer(name) > layer(part(file))
+    ]
+    assert wrong == []
+
+
+def test_passes_and_codegen_do_not_know_each_other() -> None:
+    pairs = {("passes", "codegen"), ("codegen", "passes")}
+    assert not [f for f in FILES for name, _ in imported(f) if (part(f), name) in pairs]
+
+
+def test_the_check_sees_an_upward_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "errors.py"
+    file.write_text("def f():\n    from redpass import cli\n    import redpass.report.page\n")
+    assert list(imported(file)) == [("cli", 2), ("report", 3)]
+
+
+def test_no_relative_imports() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert wrong == []
+
+
+def test_environment_is_read_in_one_place() -> None:
+    wrong = [
+        str(file.relative_to(ROOT))
+        for file in FILES
+        if file.name != "config.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+    ]
+    assert wrong == []
+
+
+def test_files_are_short() -> None:
+    lengths = {file.relative_to(ROOT): len(file.read_text().splitlines()) for file in FILES}
+    limits = {name: LONGEST_PASS if name.parts[0] == "passes" else LONGEST_FILE for name in lengths}
+    assert {str(n): length for n, length in lengths.items() if length > limits[n]} == {}
+
+
+def test_functions_are_short() -> None:
+    lengths = dict(item for file in FILES for item in functions(file))
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+    assert statistics.median(lengths.values()) < MEDIAN_FUNCTION
+
+
+def best_seconds(code: str, runs: int = 5) -> float:
+    """The shortest processor time of a fresh interpreter on `code`, less an empty one's."""
+
+    def once(text: str) -> float:
+        timed = f"import time; t = time.process_time(); {text}; print(time.process_time() - t)"
+        found = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        return float(found.stdout.splitlines()[-1])
+
+    return min(once(code) for _ in range(runs))
+
+
+def test_import_is_quick_and_without_torch() -> None:
+    assert best_seconds("import redpass, sys; assert 'torch' not in sys.modules") < 0.1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["optimize", "--help"]])
+def test_help_is_quick_and_without_torch(arguments: list[str]) -> None:
+    code = f"import sys; from redpass.cli import main; assert main({arguments!r}) == 0"
+    assert best_seconds(f"{code}; assert 'torch' not in sys.modules", 3) < 0.5
