@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import redpass
 from redpass import config
@@ -33,6 +33,8 @@ from redpass.summary import (
     matrices,
     measured_similarity,
 )
+from redpass.verify.metrics import find_metric
+from redpass.verify.originals import Originals
 
 MOST_ROUNDS = 4
 """How often an exact pass is run again while it still finds something."""
@@ -116,6 +118,7 @@ class _Run:
     sizes: dict[str, int] = None  # type: ignore[assignment]  # set right after construction
     seed: int = 0
     command: str = ""
+    _known: dict[str, Originals] = field(default_factory=dict)
 
     def go(self, passes: Sequence[Pass]) -> Result:
         started = time.perf_counter()
@@ -137,11 +140,20 @@ class _Run:
             raise error
         return Result(self.engine.program, record)
 
+    def _originals(self, split: str) -> Originals:
+        """What the original says about a split, computed once."""
+        if split not in self._known:
+            self._known[split] = Originals(self.original, getattr(self.data, split))
+        return self._known[split]
+
     def _check_possible(self) -> None:
-        """Raises before any search when the untouched model misses the budget."""
+        """Raises before any search when the data are too few or the untouched model misses."""
         if self.data is None or not self.budget.limits:
             return
-        found = measure(self.budget, self.original, self.original, self.data.choosing, "choosing")
+        for limit in self.budget.limits:
+            for part in (self.data.choosing, self.data.reporting):
+                find_metric(limit.metric).check(self.original, part)
+        found = measure(self.budget, self.original, self._originals("choosing"), "choosing")
         miss = worst_case(found, self.budget, 0.0)
         if miss:
             raise BudgetError(
@@ -150,10 +162,7 @@ class _Run:
 
     def _one(self, pass_: Pass) -> None:
         if pass_.exactness is Exactness.APPROXIMATE:
-            assert self.data is not None  # _preflight saw to it
-            search = Search(
-                self.engine, self.budget, self.original, self.before, self.data.choosing
-            )
+            search = Search(self.engine, self.budget, self.before, self._originals("choosing"))
             search.run(pass_)
             self.searches.append(search)
         else:
@@ -166,8 +175,8 @@ class _Run:
         """Returns the verdict and, when the budget was missed, the miss in words."""
         if not self.budget.limits or self.data is None:
             return "no budget", ""
-        for split, data in (("choosing", self.data.choosing), ("reporting", self.data.reporting)):
-            found = measure(self.budget, self.engine.program, self.original, data, split)
+        for split in ("choosing", "reporting"):
+            found = measure(self.budget, self.engine.program, self._originals(split), split)
             miss = worst_case(found, self.budget, 0.0)
             self.quality += [replace(r, met=not miss) for r in found.values()]
         if miss:
@@ -183,11 +192,10 @@ class _Run:
 
     def _guilty(self) -> str | None:
         """The accepted action without which, and all accepted after it, the budget holds."""
-        assert self.data is not None  # a budget was measured, so there is data
         for search in reversed(self.searches):
             for count in reversed(range(len(search.accepted))):
                 trial = apply(search.base, search.accepted[:count])
-                found = measure(self.budget, trial, self.original, self.data.reporting, "reporting")
+                found = measure(self.budget, trial, self._originals("reporting"), "reporting")
                 if not worst_case(found, self.budget, 0.0):
                     return search.accepted[count].key
         return None

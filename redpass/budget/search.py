@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from redpass.budget.accounting import cost_record
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
-from redpass.data import Batches
 from redpass.engine import Check, Engine
 from redpass.errors import RedpassError
 from redpass.passes.spec import format_pass
@@ -20,7 +19,9 @@ from redpass.plan import Action, Pass
 from redpass.program import Program
 from redpass.progress import track
 from redpass.record import CostRecord, QualityRecord
-from redpass.verify.metrics import Estimate, evaluate, find_metric
+from redpass.verify.estimate import Estimate
+from redpass.verify.metrics import evaluate_all, find_metric
+from redpass.verify.originals import Originals
 
 
 @dataclass
@@ -28,16 +29,14 @@ class Search:
     """One search over the candidates of one pass.
 
     Args:
-        original: the program quality is measured against.
-        before: what `original` costs; goals are relative to it.
-        choosing: the data that decide.
+        before: what the original costs; goals are relative to it.
+        choosing: the original's outputs on the data that decide.
     """
 
     engine: Engine
     budget: Budget
-    original: Program
     before: CostRecord
-    choosing: Batches
+    choosing: Originals
 
     def run(self, pass_: Pass) -> list[Action]:
         """Plans, tries every candidate, adopts what was accepted and returns it."""
@@ -89,7 +88,7 @@ class Search:
         if not check.passed:
             return "rolled back", check.reason
         try:
-            quality = measure(self.budget, trial, self.original, self.choosing, "choosing")
+            quality = measure(self.budget, trial, self.choosing, "choosing")
             miss = worst_case(quality, self.budget, CONFIDENCE)
         except RedpassError as error:
             return "rolled back", str(error)
@@ -102,19 +101,31 @@ class Search:
 
 
 def measure(
-    budget: Budget, program: Program, original: Program, data: Batches, split: str
+    budget: Budget, program: Program, originals: Originals, split: str
 ) -> dict[str, QualityRecord]:
-    """Measures every limit's metric on `data`.
+    """Measures every limit's metric on the data of `originals`.
 
     Returns:
         Metric name -> record.
     """
-    records = {}
-    for limit in budget.limits:
-        metric = find_metric(limit.metric)
-        estimate = evaluate(metric, program, original, data)
-        records[limit.metric] = _quality(estimate, metric.better, str(limit), limit.metric, split)
-    return records
+    metrics = {limit.metric: find_metric(limit.metric) for limit in budget.limits}
+    found = evaluate_all(
+        list(metrics.values()),
+        program,
+        originals.program,
+        originals.batches,
+        originals=originals,
+    )
+    return {
+        limit.metric: _quality(
+            found[metrics[limit.metric].name],
+            metrics[limit.metric].better,
+            str(limit),
+            limit.metric,
+            split,
+        )
+        for limit in budget.limits
+    }
 
 
 def _quality(estimate: Estimate, better: str, limit: str, name: str, split: str) -> QualityRecord:

@@ -1,28 +1,51 @@
 """The passes, in the order the pipeline runs them. Adding one: a file, and a line here."""
 
 from redpass.passes.drop_branches import DropBranches
+from redpass.passes.drop_constant_channels import DropConstantChannels
 from redpass.passes.drop_dead_nodes import DropDeadNodes
+from redpass.passes.drop_neutral_operands import DropNeutralOperands
 from redpass.passes.drop_noops import DropNoops
+from redpass.passes.fold_batch_norms import FoldBatchNorms
 from redpass.passes.fold_constants import FoldConstants
+from redpass.passes.fold_linear_chains import FoldLinearChains
+from redpass.passes.fold_norm_gains import FoldNormGains
+from redpass.passes.fuse_activations import FuseActivations
+from redpass.passes.fuse_norms import FuseNorms
+from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
+from redpass.passes.merge_linears import MergeLinears
+from redpass.passes.share_repeated_heads import ShareRepeatedHeads
+from redpass.passes.shorten_chains import ShortenChains
 from redpass.passes.tie_equal_weights import TieEqualWeights
 from redpass.plan import Pass
 
 CLEANUP: tuple[type[Pass], ...] = (
     DropNoops,
+    DropNeutralOperands,
+    ShortenChains,
     MergeEqualSizes,
     FoldConstants,
     MergeEqualNodes,
     TieEqualWeights,
     DropDeadNodes,
 )
-"""Exact, and keeps the structure readable; runs to a fixpoint, first and last."""
+"""Exact, and keeps the structure readable: first and last."""
 
 REDUCE: tuple[type[Pass], ...] = (DropBranches,)
 """Approximate: each runs only under a budget, or when asked for by name."""
 
-FUSE: tuple[type[Pass], ...] = ()
+FUSE: tuple[type[Pass], ...] = (
+    FoldBatchNorms,
+    DropConstantChannels,
+    MergeEqualNeurons,
+    FoldLinearChains,
+    FuseNorms,
+    FuseActivations,
+    FoldNormGains,
+    MergeLinears,
+    ShareRepeatedHeads,
+)
 """Exact, and hides structure (merged projections, folded gains): after everything else."""
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (*CLEANUP, *REDUCE, *FUSE)}
