@@ -79,6 +79,9 @@ COPIES = frozenset({"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "ali
 JOINS = frozenset({"cat", "concat", "concatenate"})
 """ATen ops that put tensors side by side along an axis they have, and compute nothing."""
 
+FILLS = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
+"""ATen ops that take sizes and dtype from their first operand and never read its elements."""
+
 LOOKUPS = frozenset({"embedding"})
 """ATen ops that return rows of their first operand as they are."""
 
@@ -143,6 +146,12 @@ def is_elementwise(node: fx.Node) -> bool:
     """Whether each output element depends on the operands' elements at the same place only."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def read_nodes(node: fx.Node) -> list[fx.Node]:
+    """Returns the operands whose values matter: all, but for a fill that reads sizes alone."""
+    operands = node.all_input_nodes
+    return [o for o in operands if o is not node.args[0]] if is_call(node, *FILLS) else operands
 
 
 def is_commutative(node: fx.Node) -> bool:

@@ -74,9 +74,10 @@ class _Constants:
 
     def add(self, node: fx.Node) -> None:
         """Looks at `node`, after all its operands."""
-        if not _is_fixed(node) or not all(self._is_known(o) for o in node.all_input_nodes):
+        reads = ops.read_nodes(node)
+        if not _is_fixed(node) or not all(self._is_known(o) for o in reads):
             return
-        alone = [o for o in node.all_input_nodes if len(o.users) == 1]
+        alone = [o for o in reads if len(o.users) == 1]
         freed = sum(self.stored.get(o, _bytes(o)) for o in alone)
         if ops.is_view(node) and (not alone or alone[0] in self.shared):
             self.shared.add(node)

@@ -99,6 +99,31 @@ def test_fake_weights_and_symbolic_sizes_are_left_alone(check_pass):
     assert len(checked.plan.skips) == 1
 
 
+def test_fills_do_not_depend_on_the_elements_of_their_operand(check_pass):
+    b = Builder()
+    x = b.input("x", "batch", 4)
+    hidden = b.call(aten.exp.default, x)
+    yes = b.call(aten.new_ones.default, hidden, [4], dtype=torch.bool)
+    row = b.call(aten.select.int, b.call(aten.t.default, b.input("y", 4, 4)), 0, 0)
+    zeros = b.call(aten.zeros_like.default, row)
+    like = b.call(aten.ones_like.default, x)
+    out = b.call(aten.masked_fill.Tensor, x, yes, b.call(aten.sum.default, zeros))
+    program = b.program(b.call(aten.add.Tensor, out, like))
+    inputs = [[special_values(n, 4), torch.ones(4, 4)] for n in (1, 3)]
+    checked = check_pass(FoldConstants(), program, inputs, "fills")
+    assert len(checked.plan.actions) == 2
+    assert "exp" not in checked.after.text
+
+
+def test_a_fill_with_a_symbolic_value_is_not_constant(check_pass):
+    b = Builder()
+    x = b.input("x", "batch", 4)
+    filled = b.call(aten.new_full.default, x, [4], b.call(aten.sym_size.int, x, 0))
+    program = b.program(b.call(aten.mul.Tensor, x, filled))
+    inputs = [[special_values(n, 4)] for n in (1, 3)]
+    assert not check_pass(FoldConstants(), program, inputs).plan.actions
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_are_kept(check_pass, dtype):
     b = Builder()
