@@ -44,7 +44,21 @@ def propagate(core: Core, dims: Dims, outputs: tuple[str, ...], notes: list[str]
         ]
         dims = dims.fix(fixed)
         _fill(core, dims, *symbolic_mode(dims))
+    outputs = _keep_tensors(core.graph, outputs, notes)
     return _signature(core.graph, dims, outputs)
+
+
+def _keep_tensors(graph: fx.Graph, names: tuple[str, ...], notes: list[str]) -> tuple[str, ...]:
+    """Takes outputs that are sizes or numbers out of the graph. Returns the names of the rest."""
+    out = output_node(graph)
+    values: Any = out.args[0]
+    pairs = list(zip(names, values, strict=True))
+    kept = [
+        (n, v) for n, v in pairs if isinstance(v, fx.Node) and isinstance(v.meta["val"], Tensor)
+    ]
+    notes += [f"output '{n}' is no tensor and was left out" for n, v in pairs if (n, v) not in kept]
+    out.args = (tuple(value for _, value in kept),)
+    return tuple(name for name, _ in kept)
 
 
 def _fill(

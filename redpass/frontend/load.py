@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from redpass.errors import LoadError, UsageError
-from redpass.frontend import adapt, huggingface, specs
+from redpass.frontend import adapt, batches, huggingface, pickled, pt2, specs
 from redpass.frontend.adapt import Adapted
-from redpass.frontend.trace import trace
+from redpass.frontend.trace import finish, trace
 from redpass.program import Origin, Program
 
 Example = Mapping[str, Tensor] | Sequence[Tensor]
@@ -57,11 +57,65 @@ def load(
         origin = Origin("module", f"{type(source).__module__}.{type(source).__qualname__}")
         return _trace(source, origin, example, inputs, task, fake)
     path = existing(Path(source))
+    if path.suffix == ".pt2":
+        return exported(pt2.load_exported(path), Origin("pt2", str(path), task=task or "unknown"))
+    opened = _open(path, module, allow, unsafe_pickle, fake)
+    origin = Origin(opened.kind, str(path), config=opened.config, notes=opened.notes)
+    given = example if example is not None or data is None else _from_file(path, data, tokenizer)
+    if opened.kind == "pt" and given is None and not inputs and not _is_known(opened.module):
+        raise UsageError(
+            "a pickled module does not say what its inputs look like",
+            file=path,
+            hint=f"{specs.FORM} with --input (inputs=...), or pass example=...",
+        )
+    return _trace(opened.module, origin, given, inputs, task, fake)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    module: nn.Module
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def _open(
+    path: Path, module: str | None, allow: Sequence[str], unsafe_pickle: bool, fake: bool
+) -> _Opened:
     if path.is_dir():
-        opened = huggingface.open_folder(path, fake=fake)
-        origin = Origin("huggingface", str(path), config=opened.config, notes=opened.notes)
-        return _trace(opened.module, origin, example, inputs, task, fake)
-    raise LoadError("not yet")
+        folder = huggingface.open_folder(path, fake=fake)
+        return _Opened(folder.module, "huggingface", folder.config, folder.notes)
+    if path.suffix in (".pt", ".pth"):
+        loaded = pickled.load_pickled(path, allow=allow, unsafe=unsafe_pickle)
+        return _Opened(pickled.build(path, loaded, module), "pt")
+    weights = path.suffix == ".safetensors"
+    raise LoadError(
+        "weights without a configuration" if weights else f"'{path.suffix}' is no model format",
+        file=path,
+        hint="give the folder that holds config.json and the weights"
+        if weights
+        else "give a Hugging Face folder, a .pt2, a .pt or a .pth",
+    )
+
+
+def _from_file(path: Path, data: str | Path, tokenizer: Any) -> Example:
+    reader = tokenizer if tokenizer is not None or not path.is_dir() else path
+    return batches.read_rows(Path(data), tokenizer=reader, limit=2)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return adapt.is_transformers(module) or adapt.is_diffusers(module)
+
+
+def exported(program: torch.export.ExportedProgram, origin: Origin) -> Program:
+    """Returns an exported program in core form, with its dimensions named.
+
+    Raises:
+        TraceError: it writes to a buffer, or holds control flow.
+        LoadError: an input that is no tensor.
+    """
+    dims, outputs = pt2.describe(program)
+    return finish(program, dims, outputs, origin, prefix="")
 
 
 def existing(path: Path) -> Path:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from redpass.errors import RedpassError, TraceError
 from redpass.frontend import fakes, normalise
 from redpass.frontend.dims import DimNames, Dims, prepare
 from redpass.frontend.outputs import flatten
-from redpass.program import Origin, Port, Program, Signature
+from redpass.program import Origin, Program, Signature
 
 Call = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 """How a module is called with its inputs by name."""
@@ -65,9 +66,34 @@ def trace(
     flat = _Flat(module, tuple(ready.example), call, names, notes)
     with _eval_mode(module), torch.no_grad():
         exported, ready = _export(flat, ready, notes)
-    core = normalise.core_form(exported, tuple(ready.example), _Flat.PREFIX)
-    del exported
-    signature = fakes.propagate(core, ready, tuple(names), notes)
+    _check_weights(flat)
+    origin = replace(origin, notes=tuple(notes))
+    program = finish(exported, ready, tuple(names), origin, prefix=_Flat.PREFIX)
+    _check_state(state, program.signature)
+    return replace(program, signature=replace(program.signature, state=state))
+
+
+def finish(
+    exported: torch.export.ExportedProgram,
+    dims: Dims,
+    outputs: tuple[str, ...],
+    origin: Origin,
+    *,
+    prefix: str,
+) -> Program:
+    """Turns an exported program into a `Program`.
+
+    Args:
+        dims: the user inputs, in order, and the names of their axes.
+        outputs: the names of the user outputs.
+        prefix: attribute that wraps the user's module, cut off names; "" for none.
+
+    Raises:
+        TraceError: a write to a buffer or input, control flow, or an op on symbolic sizes.
+    """
+    core = normalise.core_form(exported, tuple(dims.example), prefix)
+    notes: list[str] = list(origin.notes)
+    signature = fakes.propagate(core, dims, outputs, notes)
     notes += _random_notes(core.graph)
     origin = replace(
         origin,
@@ -75,8 +101,22 @@ def trace(
         parameters=origin.parameters or {name: name for name in core.weights},
         digest=origin.digest or weights_digest(core.weights),
     )
-    _check_state(state, signature)
-    return Program(core.graph, core.weights, replace(signature, state=state), origin)
+    return Program(core.graph, core.weights, signature, origin)
+
+
+class NaNWeightsWarning(UserWarning):
+    """A weight holds NaN or infinity."""
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, value in module.named_parameters():
+        tensor = value.detach()
+        if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            warnings.warn(
+                f"weight '{name.removeprefix(_Flat.PREFIX + '.')}' holds NaN or infinity",
+                NaNWeightsWarning,
+                stacklevel=3,
+            )
 
 
 class _Flat(nn.Module):
@@ -215,20 +255,3 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         for part in flat.split(1 << 26):
             total.update(memoryview(part.numpy()))
     return total.hexdigest()
-
-
-@dataclass(frozen=True)
-class Example:
-    """Example inputs with the meaning of their axes, ready for `trace`."""
-
-    values: Mapping[str, Tensor]
-    dims: DimNames
-    ranges: Mapping[str, tuple[int, int | None]]
-
-
-def ports(values: Mapping[str, Any]) -> tuple[Port, ...]:
-    """Returns ports that describe fake or real tensors."""
-    return tuple(
-        Port(name, value.dtype, tuple(s if isinstance(s, int) else str(s) for s in value.shape))
-        for name, value in values.items()
-    )

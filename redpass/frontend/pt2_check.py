@@ -1,0 +1,213 @@
+"""What may stand in a `.pt2`: members, operators, expressions, metadata.
+
+PyTorch's loader unpickles members, imports operators by dotted name and evaluates shape
+expressions as Python text, all on the file's own word, and no flag stops it. So the archive is
+read here first, as data, and written anew without anything that could run; what cannot be
+checked is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redpass.errors import LoadError
+from redpass.ops import SIZE_FUNCTIONS
+
+MAX_JSON, MAX_DEPTH = 512 << 20, 200
+
+_OP = re.compile(r"torch\.ops\.(aten|redpass)\.[A-Za-z_]\w*\.[A-Za-z_]\w*")
+_REGIONS = frozenset(
+    f"torch.ops.higher_order.{name}"
+    for name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+)
+_FILE_OPS = ("torch.ops.aten.from_file.",)
+_SPEC_TYPES = frozenset(
+    {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
+)
+_KEPT_METADATA = ("stack_trace", "nn_module_stack")
+_OPAQUE = ("as_custom_obj", "as_script_object", "as_opaque", "as_operator")
+
+FUNCTIONS = frozenset(
+    {
+        "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "Eq",
+        "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "FloorDiv", "CeilDiv", "PythonMod",
+        "CleanDiv", "CeilToInt", "FloorToInt", "TruncToInt", "TruncToFloat", "ToFloat",
+        "RoundToInt", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "Where",
+        "ModularIndexing", "Identity", "Abs",
+    }
+)  # fmt: skip
+"""Functions of size expressions: sympy's own and those of torch.utils._sympy."""
+
+_FLAGS = frozenset({"positive", "integer", "real", "nonnegative", "evaluate"})
+_SYMBOL = re.compile(r"[A-Za-z_]\w{0,63}")
+
+
+def parse(data: bytes, file: Path, place: str) -> Any:
+    """Parses a JSON member of bounded size and depth. Raises `LoadError`."""
+    if len(data) > MAX_JSON:
+        raise LoadError(f"{len(data)} bytes of JSON", file=file, place=place)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"not JSON: {error}", file=file, place=place) from error
+
+
+def check_model(value: Any, file: Path, place: str) -> Any:
+    """Checks a model's JSON and returns it without what is not needed.
+
+    Raises:
+        LoadError: an operator, an expression or an object that is not on the lists here.
+    """
+    if not isinstance(value, dict):
+        raise LoadError("not a JSON object", file=file, place=place)
+    _Checker(file, place).walk(value, 0)
+    value["guards_code"] = []
+    return value
+
+
+class _Checker:
+    def __init__(self, file: Path, place: str) -> None:
+        self.file, self.place = file, place
+
+    def refuse(self, found: str) -> LoadError:
+        return LoadError(
+            found,
+            file=self.file,
+            place=self.place,
+            hint="redpass refuses what it cannot check; export the model again with torch.export",
+        )
+
+    def walk(self, value: Any, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise self.refuse("nested too deeply")
+        if isinstance(value, list):
+            for part in value:
+                self.walk(part, depth + 1)
+        elif isinstance(value, dict):
+            for key in list(value):
+                self.entry(value, key)
+                self.walk(value[key], depth + 1)
+
+    def entry(self, holder: dict[str, Any], key: str) -> None:
+        value = holder[key]
+        if key == "target" and isinstance(value, str):
+            if not is_known_target(value):
+                raise self.refuse(f"the operator '{value}' is not allowed")
+        elif key == "expr_str":
+            self.expression(value)
+        elif key in ("in_spec", "out_spec"):
+            self.spec(value)
+        elif key == "metadata" and isinstance(value, dict):
+            holder[key] = {k: v for k, v in value.items() if k in _KEPT_METADATA}
+        elif key in _OPAQUE or (
+            key in ("custom_obj_values", "treespec_namedtuple_fields") and value
+        ):
+            raise self.refuse(f"an object of its own kind ({key})")
+        elif key == "range_constraints" and isinstance(value, dict):
+            for name in value:
+                self.expression(name)
+
+    def expression(self, text: Any) -> None:
+        if not is_safe_expression(text):
+            raise self.refuse(f"'{text}' is no size expression")
+
+    def spec(self, text: Any) -> None:
+        if not isinstance(text, str):
+            raise self.refuse("a tree spec that is no text")
+        if text:
+            self.spec_part(parse(text.encode(), self.file, self.place)[1], 0)
+
+    def spec_part(self, spec: Any, depth: int) -> None:
+        context = spec.get("context") if isinstance(spec, dict) else "{"
+        plain = context is None or (isinstance(context, str) and "{" not in context)
+        if depth > MAX_DEPTH or not plain or spec.get("type") not in _SPEC_TYPES:
+            raise self.refuse("a tree spec of a kind of its own")
+        for child in spec.get("children_spec") or ():
+            self.spec_part(child, depth + 1)
+
+
+def is_known_target(target: str) -> bool:
+    """Whether a call target is an ATen or redpass op, a size function or a gradient switch."""
+    if _OP.fullmatch(target):
+        return not target.startswith(_FILE_OPS)
+    return target in _REGIONS or target in _size_targets()
+
+
+def _size_targets() -> set[str]:
+    found = {"_operator.getitem"}
+    for function in SIZE_FUNCTIONS:
+        name = function.__name__
+        if getattr(operator, name, None) is function:
+            found.add(f"_operator.{name}")
+        elif getattr(math, name, None) is function:
+            found.add(f"math.{name}")
+        elif getattr(torch, name, None) is function:
+            found |= {f"torch.{name}", f"torch.sym_{name.removeprefix('sym_')}"}
+    return found
+
+
+def is_safe_expression(text: Any) -> bool:
+    """Whether `text` is made of numbers, symbols, arithmetic and the functions listed here."""
+    if not isinstance(text, str) or len(text) > 10_000:
+        return False
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return _is_safe(tree, 0)
+
+
+def _is_safe(node: ast.AST, depth: int) -> bool:
+    if depth > 100:
+        return False
+    if isinstance(node, ast.Call):
+        return _is_safe_call(node, depth)
+    if isinstance(node, ast.BinOp):
+        plain = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
+        powers = isinstance(node.op, ast.Pow) and _is_small(node.right)
+        return (isinstance(node.op, plain) or powers) and all(
+            _is_safe(part, depth + 1) for part in (node.left, node.right)
+        )
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub | ast.UAdd) and _is_safe(node.operand, depth + 1)
+    if isinstance(node, ast.Name):
+        return bool(_SYMBOL.fullmatch(node.id)) and "__" not in node.id
+    return isinstance(node, ast.Constant) and _is_number(node.value)
+
+
+def _is_safe_call(node: ast.Call, depth: int) -> bool:
+    if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
+        return False
+    flags = all(
+        k.arg in _FLAGS and isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool)
+        for k in node.keywords
+    )
+    if node.func.id == "Symbol":
+        names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        fits = len(names) == len(node.args) == 1 and isinstance(names[0], str)
+        return flags and fits and bool(_SYMBOL.fullmatch(str(names[0])))
+    if node.func.id in ("Pow", "PowByNatural", "FloatPow"):
+        flags = flags and len(node.args) == 2 and _is_small(node.args[1])
+    return flags and all(_is_safe(argument, depth + 1) for argument in node.args)
+
+
+def _is_small(node: ast.AST) -> bool:
+    """Whether an exponent is a small number, so that evaluating it costs nothing."""
+    if isinstance(node, ast.Call) and len(node.args) == 1:
+        return _is_small(node.args[0])
+    if isinstance(node, ast.UnaryOp):
+        return _is_small(node.operand)
+    value = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(value, int | float) and _is_number(value) and abs(value) <= 16
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63
