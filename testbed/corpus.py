@@ -6,6 +6,7 @@ path alone, so a file that appears in two Python versions is on the same side in
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
@@ -33,18 +34,26 @@ SKIPPED_FOLDERS = frozenset(
 HELD_OUT_PERCENT = 4
 
 
-def source_files() -> list[str]:
+@cache
+def source_files() -> tuple[str, ...]:
     """Relative POSIX paths of the standard library's source files, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    return sorted(path.as_posix() for path in paths if not _is_skipped(path))
+    found = []
+    for folder, children, files in os.walk(root):
+        # Pruned in place: installed packages can be a hundred times larger than the library.
+        children[:] = [name for name in children if not _is_skipped_folder(name)]
+        place = Path(folder).relative_to(root)
+        found += [(place / name).as_posix() for name in files if _is_source(name)]
+    return tuple(sorted(found))
 
 
-def _is_skipped(path: Path) -> bool:
-    folders = path.parts[:-1]
-    # `config-3.x-<platform>` and `_sysconfigdata_*` describe the machine that Python was built on.
-    built = path.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
-    return built or not SKIPPED_FOLDERS.isdisjoint(folders)
+def _is_skipped_folder(name: str) -> bool:
+    return name in SKIPPED_FOLDERS or name.startswith("config-")
+
+
+def _is_source(name: str) -> bool:
+    # `_sysconfigdata_*`, like the folder `config-*`, describes the machine Python was built on.
+    return name.endswith(".py") and not name.startswith("_sysconfigdata")
 
 
 def split_of(path: str) -> str:

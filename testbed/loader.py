@@ -36,14 +36,19 @@ def load(name: str) -> TestbedModel:
     Raises `TestbedError` if the name is unknown, or if a file is missing or does not match its
     digest.
     """
-    if name not in _LOADERS:
-        raise TestbedError(f"no model {name!r} in the test bed; there are {', '.join(names())}")
+    _require_known(name)
     return _LOADERS[name](name)
 
 
 def stated_quality(name: str) -> Mapping[str, object]:
     """The model's entry in `quality.json`: what was measured right after training."""
+    _require_known(name)
     return json.loads((store.WEIGHTS / store.QUALITY).read_text())[name]
+
+
+def _require_known(name: str) -> None:
+    if name not in _LOADERS:
+        raise TestbedError(f"no model {name!r} in the test bed; there are {', '.join(names())}")
 
 
 def _card(name: str) -> str:
