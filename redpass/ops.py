@@ -205,9 +205,9 @@ def is_contiguous(node: fx.Node) -> bool:
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         is_free = isinstance(size, int) and size == 1
-        if not is_free and sympy.expand(_number(stride) - expected) != 0:
+        if not is_free and sympy.expand(expression(stride) - expected) != 0:
             return False
-        expected = expected * _number(size)
+        expected = expected * expression(size)
     return True
 
 
@@ -220,14 +220,15 @@ def layout(node: fx.Node) -> Any:
     return layout_of(node.meta.get("val"))
 
 
-def _number(size: int | torch.SymInt) -> Any:
+def expression(size: int | torch.SymInt) -> Any:
+    """Returns a size as something to compare: a number, or an expression over the symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def layout_of(value: Any) -> Any:
     """Returns what `layout` does, for a fake value or several."""
     if isinstance(value, torch.Tensor):
-        sizes = [list(map(_number, numbers)) for numbers in (value.shape, value.stride())]
+        sizes = [list(map(expression, numbers)) for numbers in (value.shape, value.stride())]
         return value.dtype, *sizes
     return [layout_of(v) for v in value] if isinstance(value, list | tuple) else type(value)
 
