@@ -161,14 +161,9 @@ def neighbour_agreement(samples: list[Samples]) -> Estimate:
     """
     now, was = (torch.nn.functional.normalize(part, dim=-1) for part in join(samples).extra)
     k = max(1, min(NEIGHBOURS, (len(now) - 1) // 4))
-    shares = torch.cat(
-        [_shared(_nearest(now, part, k), _nearest(was, part, k)) for part in _pieces(len(now))]
-    )
+    pieces = torch.arange(len(now)).split(PIECE)  # type: ignore[no-untyped-call]
+    shares = torch.cat([_shared(_nearest(now, p, k), _nearest(was, p, k)) for p in pieces])
     return mean([_rows(shares, torch.ones_like(shares))])
-
-
-def _pieces(count: int) -> tuple[Tensor, ...]:
-    return torch.arange(count).split(PIECE)
 
 
 def _shared(left: Tensor, right: Tensor) -> Tensor:
