@@ -119,7 +119,7 @@ class Attentions:
             return None
         mask = (1 << SHIFT) - 1
         rows = tuple(compact([index & mask for index in row]) for row in operand.rows)
-        return Projection(made.name, found.weight, found.bias, found.out_axis, _distinct(rows))
+        return found.projection(found.out_axis, _distinct(rows))
 
     def _output(self, core: Core, path: frozenset[fx.Node], heads: int) -> Projection | None:
         found = self._reader(core.output, path)
@@ -137,12 +137,12 @@ class Attentions:
         rows: tuple[Sequence[int], ...] = ()
         if isinstance(read, Tensor):
             line = read.reshape(-1, read.shape[-1])[-1].tolist()
-            ordered = sorted(range(len(line)), key=line.__getitem__)
-            rows = tuple(
-                compact([c for c in ordered if line[c] // width == head]) for head in range(heads)
-            )
-        node, axis = found.node.name, found.in_axis
-        return Projection(node, found.weight, found.bias, axis, rows)
+            columns_of: list[list[int]] = [[] for _ in range(heads)]
+            for column in sorted(range(len(line)), key=line.__getitem__):
+                if 0 <= line[column] < heads * width:
+                    columns_of[line[column] // width].append(column)
+            rows = tuple(map(compact, columns_of))
+        return found.projection(found.in_axis, rows)
 
     def _reader(self, output: fx.Node, path: frozenset[fx.Node]) -> LinearMap | None:
         todo = [output]

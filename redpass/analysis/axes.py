@@ -122,12 +122,17 @@ def reshaped(axes: Sequence[Axis], before: Sequence[object], after: Sequence[obj
         same += 1
     kept = list(axes[len(axes) - same :])
     before, after = before[: len(before) - same], after[: len(after) - same]
+    axes = axes[: len(axes) - same]
     result: list[Axis] = []
     i = j = 0
     while j < len(after):
         if i < len(before) and before[i] == after[j]:
             result.append(axes[i])
             i, j = i + 1, j + 1
+            continue
+        if after[j] == 1:
+            result.append(())
+            j += 1
             continue
         k, m = _group(before, after, i, j)
         merged = _flattened(axes[i:k], before[i:k]) if m - j == 1 else None

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from redpass import ops
 from redpass.analysis.flops import node_flops
 from redpass.analysis.records import Branch, StatePair
 from redpass.analysis.structure import structure
@@ -23,6 +24,10 @@ from redpass.program import Program
 
 if TYPE_CHECKING:
     from redpass.facts import Facts
+
+
+ANGLE_STEPS = 64
+"""How far a weight is followed to see whether it is a table of angles."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _of(
     smallest: Mapping[str, int],
 ) -> Cost:
     parameters = buffers = size = 0
-    for tensor, trained in _storages(program, weights):
+    for tensor, trained in storages(program, weights):
         parameters += tensor.numel() * trained
         buffers += tensor.numel() * (not trained)
         size += tensor.numel() * tensor.element_size()
@@ -111,16 +116,40 @@ def _with_branches(whole: Cost, branches: dict[str, Cost]) -> Cost:
     )  # fmt: skip
 
 
-def _storages(program: Program, names: Iterable[str]) -> list[tuple[Tensor, bool]]:
+def storages(program: Program, names: Iterable[str]) -> list[tuple[Tensor, bool]]:
     """The weights with each storage once, and whether it is trained."""
     found: dict[Any, tuple[Tensor, bool]] = {}
+    tables = _angles(program)
     for name in names:
         tensor = program.weights[name]
         key = name if tensor.is_meta else (tensor.untyped_storage().data_ptr(), tensor.numel())
-        trained = is_trained(name, tensor)
+        trained = name not in tables and is_trained(name, tensor)
         if key not in found or trained:
             found[key] = (tensor, trained)
     return list(found.values())
+
+
+def _angles(program: Program) -> frozenset[str]:
+    """Weights that only make angles: every way on ends in a cosine or sine (rotary tables)."""
+    return frozenset(
+        str(node.target)
+        for node in program.weight_nodes
+        if node.meta["val"].dim() <= 2 and node.users and _leads_to_angles(node)
+    )
+
+
+def _leads_to_angles(node: fx.Node) -> bool:
+    todo, seen = list(node.users), 0
+    while todo:
+        user = todo.pop()
+        seen += 1
+        if ops.is_call(user, "cos", "sin"):
+            continue
+        moves = ops.is_view(user) or ops.is_call(user, "to", "_to_copy", "mul", "matmul", "cat")
+        if not moves or seen > ANGLE_STEPS or not user.users:
+            return False
+        todo += list(user.users)
+    return True
 
 
 def is_trained(name: str, tensor: Tensor) -> bool:

@@ -62,7 +62,7 @@ def find_feed_forward(
     record = FeedForward(
         up=_projection(up.rows, above, found),
         gate=None if gate is None else _projection(gate.rows, above, found),
-        down=_columns(down, len(up.rows)),
+        down=down.projection(down.in_axis, (range(len(up.rows)),)),
         inner=down.source.name,
         width=len(up.rows),
         activation=activation_name(flow, acting.nodes),
@@ -159,11 +159,4 @@ def _projection(
 ) -> Projection:
     made = found[above[rows[0] >> SHIFT]]
     mask = (1 << SHIFT) - 1
-    assert made.weight is not None
-    features = compact([row & mask for row in rows])
-    return Projection(made.node.name, made.weight, made.bias, made.out_axis, (features,))
-
-
-def _columns(down: LinearMap, width: int) -> Projection:
-    assert down.weight is not None
-    return Projection(down.node.name, down.weight, down.bias, down.in_axis, (range(width),))
+    return made.projection(made.out_axis, (compact([row & mask for row in rows]),))

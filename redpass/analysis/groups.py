@@ -132,10 +132,10 @@ def _inner_members(inner: FeedForward) -> Iterator[Member]:
     for projection in (inner.up, inner.gate, inner.down):
         if projection is None:
             continue
-        rows = tuple((i,) for i in projection.rows[0])
-        first = projection.rows[0][0]
-        plain = all(row[0] == first + place for place, row in enumerate(rows))
-        shown: tuple[Sequence[int], ...] = () if plain else rows
+        features = projection.rows[0]
+        first = features[0]
+        plain = isinstance(features, range) and features.step == 1
+        shown: tuple[Sequence[int], ...] = () if plain else tuple((i,) for i in features)
         yield Member(projection.weight, projection.axis, first if plain else 0, 1, shown)
         if projection.bias is not None and projection is not inner.down:
             yield Member(projection.bias, 0, first if plain else 0, 1, shown)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
+from redpass.analysis.records import Projection
 from redpass.analysis.stream import is_learned
 
 VIEWS_OF_A_MATRIX = ("t", "transpose", "permute", "numpy_T", "mT", "adjoint", "swapaxes")
@@ -24,6 +26,7 @@ class LinearMap:
         bias: name of the bias' weight, or None.
         out_axis: axis of the weight that gives the outputs.
         in_axis: axis of the weight that meets the inputs.
+        output: the op, or the add of the bias where that is an op of its own.
     """
 
     node: fx.Node
@@ -32,6 +35,12 @@ class LinearMap:
     bias: str | None
     out_axis: int
     in_axis: int
+    output: fx.Node
+
+    def projection(self, axis: int, rows: tuple[Sequence[int], ...] = ()) -> Projection:
+        """The record of the map with `rows` along `axis` of its weight."""
+        assert self.weight is not None
+        return Projection(self.node.name, self.weight, self.bias, axis, rows, self.output.name)
 
 
 def linear_map(flow: Flow, node: fx.Node) -> LinearMap | None:
@@ -66,7 +75,19 @@ def _made(
         matrix = flow.peel(matrix.all_input_nodes[0])
     name = str(matrix.target) if matrix.op == "get_attr" else None
     out_axis = 0 if transposed else 1
-    return LinearMap(node, x, name, flow.weight_of(bias), out_axis, 1 - out_axis)
+    output, added = (node, flow.weight_of(bias)) if bias is not None else _added(flow, node)
+    return LinearMap(node, x, name, added, out_axis, 1 - out_axis, output)
+
+
+def _added(flow: Flow, node: fx.Node) -> tuple[fx.Node, str | None]:
+    """The add of a bias, when that alone reads the map, and the bias' weight."""
+    readers = list(flow.readers(node))
+    if len(readers) == 1 and ops.is_call(readers[0], "add"):
+        for operand in readers[0].args[:2]:
+            weight = flow.weight_of(operand)
+            if weight is not None and len(flow.shape(operand) or ()) == 1:  # type: ignore[arg-type]
+                return readers[0], weight
+    return node, None
 
 
 def _is_pointwise(flow: Flow, node: fx.Node) -> bool:

@@ -68,7 +68,7 @@ def _spelled(flow: Flow, root: fx.Node, inside: Any, uses: tuple[str, ...]) -> I
         if not ops.is_call(product, *uses):
             continue
         scaled = _other(product, root, flow)
-        if scaled is None or flow.peel(scaled) is not flow.peel(square):
+        if scaled is None or not _is_same(flow, flow.peel(scaled), flow.peel(square)):
             continue
         centre = flow.peel(scaled)
         source = _centred(flow, centre)
@@ -77,6 +77,14 @@ def _spelled(flow: Flow, root: fx.Node, inside: Any, uses: tuple[str, ...]) -> I
         start = flow.peel(centre) if source is None else source
         nodes = frozenset(n.name for n in flow.between(start, output))
         yield Norm(kind, output.name, start.name, weight, bias, eps, offset, nodes)
+
+
+def _is_same(flow: Flow, left: fx.Node, right: fx.Node) -> bool:
+    """Whether both are one value, or the same value centred twice."""
+    if left is right:
+        return True
+    source = _centred(flow, left)
+    return source is not None and source is _centred(flow, right)
 
 
 def _unit(flow: Flow, node: fx.Node) -> Iterator[Norm]:

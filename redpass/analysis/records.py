@@ -40,6 +40,7 @@ class Projection:
 
     Attributes:
         node: the linear's node.
+        output: node of its result with the bias, which may be added by an op of its own.
         weight: its weight; `axis` is the axis of it that `rows` index.
         bias: its bias, or None.
         rows: for each head, the indices along `axis` that belong to it, in order; an index
@@ -51,6 +52,7 @@ class Projection:
     bias: str | None
     axis: int
     rows: tuple[Sequence[int], ...] = ()
+    output: str = ""
 
 
 @dataclass(frozen=True)
