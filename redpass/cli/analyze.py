@@ -10,7 +10,7 @@ from typer import Option
 
 from redpass.cli import sources
 from redpass.cli.optimize import command_line
-from redpass.cli.options import DataFile, DataOptions, Model, ModelOptions, RunOptions
+from redpass.cli.options import DataFile, DataOptions, Model, ModelOptions, PathOption, RunOptions
 from redpass.cli.screen import Screen
 from redpass.errors import DataError
 from redpass.record import RunRecord
@@ -23,7 +23,7 @@ def analyze(
     run: RunOptions,
     data: DataFile = None,
     report: Annotated[
-        Path | None, Option(metavar="FILE", help="Also write the HTML report here.")
+        Path | None, PathOption(metavar="FILE", help="Also write the HTML report here.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Replace an older report.")] = False,
 ) -> None:

@@ -81,4 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failures.PIPE
     except (Exception, KeyboardInterrupt, Stopped) as error:
         return failures.show(error, debug="--debug" in words)
+    if code == failures.INTERRUPTED:  # the parser has turned the exception into its code
+        return failures.show(KeyboardInterrupt())
     return code if isinstance(code, int) else 0

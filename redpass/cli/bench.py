@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
 from redpass.cli import sources
-from redpass.cli.options import DataFile, DataOptions, Model, ModelOptions, RunOptions
+from redpass.cli.options import DataFile, DataOptions, Model, ModelOptions, PathArgument, RunOptions
 from redpass.cli.screen import Screen
 from redpass.errors import UsageError, nearest
 
 RUNNERS = ("eager", "compile", "onnxruntime")
 
-Result = Annotated[Path, Argument(metavar="RESULT", help="What redpass made of it.")]
+Result = Annotated[Path, PathArgument(metavar="RESULT", help="What redpass made of it.")]
 
 
 def bench(

@@ -15,7 +15,7 @@ from rich.text import Text
 from redpass.cli.signals import Stopped
 from redpass.errors import RedpassError, clean
 
-USAGE, FAULT, PIPE = 2, 70, 141
+USAGE, FAULT, INTERRUPTED, PIPE = 2, 70, 130, 141
 
 # What the parser raises for a wrong option; typer brings its own copy of click in some versions.
 _ParserError = next(
@@ -29,7 +29,7 @@ def show(error: BaseException, *, debug: bool = False) -> int:
         traceback.print_exception(error)
     if isinstance(error, Stopped | KeyboardInterrupt):
         _print("stopped", "nothing was written")
-        return getattr(error, "exit_code", 130)
+        return getattr(error, "exit_code", INTERRUPTED)
     if isinstance(error, RedpassError):
         text = ": ".join(part for part in (error.file, error.place, error.found) if part)
         _print(f"error[{error.code}]", text, error.hint)

@@ -14,14 +14,18 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
+# Whether a file can be read is told by the loaders, in the one form of all errors.
+PathOption = functools.partial(Option, readable=False)
+PathArgument = functools.partial(Argument, readable=False)
+
 MODEL, DATA, RESULT, RUN = "Model", "Data", "Result", "Run"
 
 Model = Annotated[
-    Path, Argument(metavar="MODEL", help="A Hugging Face folder, a .pt2, a .pt, or a result.")
+    Path, PathArgument(metavar="MODEL", help="A Hugging Face folder, a .pt2, a .pt, or a result.")
 ]
 DataFile = Annotated[
     Path | None,
-    Option(
+    PathOption(
         "--data",
         metavar="FILE",
         help='.npz, .safetensors, .pt, .jsonl with "text", or lines of text.',
@@ -52,7 +56,7 @@ class ModelOptions:
     ] = field(default_factory=list)
     example: Annotated[
         Path | None,
-        Option(
+        PathOption(
             metavar="FILE", help="Example inputs: .npz, .safetensors, .pt.", rich_help_panel=MODEL
         ),
     ] = None
@@ -96,7 +100,7 @@ class DataOptions:
 
     tokenizer: Annotated[
         Path | None,
-        Option(
+        PathOption(
             metavar="DIR",
             help="Tokenizer for text; the model's own folder by default.",
             rich_help_panel=DATA,
@@ -115,7 +119,7 @@ class ResultOptions:
 
     out: Annotated[
         Path | None,
-        Option(metavar="DIR", help="Where the result goes.", rich_help_panel=RESULT),
+        PathOption(metavar="DIR", help="Where the result goes.", rich_help_panel=RESULT),
     ] = None
     format: Annotated[
         str, Option(metavar="NAMES", help="Forms to write.", rich_help_panel=RESULT)

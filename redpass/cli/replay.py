@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument
-
 from redpass.cli import sources
 from redpass.cli.options import (
     Budget,
@@ -15,6 +13,7 @@ from redpass.cli.options import (
     DataOptions,
     Model,
     ModelOptions,
+    PathArgument,
     ResultOptions,
     RunOptions,
 )
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from redpass.record import Recipe
 
 PlanFile = Annotated[
-    Path, Argument(metavar="PLAN", help="The plan.json of a result, or its folder.")
+    Path, PathArgument(metavar="PLAN", help="The plan.json of a result, or its folder.")
 ]
 
 

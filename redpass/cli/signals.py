@@ -12,7 +12,7 @@ from types import FrameType
 
 from redpass import artifact
 
-GRACE = 3.5
+GRACE = 2.5
 """Seconds that orderly unwinding may take; then the process ends as it is, files cleaned up."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

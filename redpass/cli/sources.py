@@ -80,7 +80,10 @@ def load(
     tokenizer: Path | None = None,
     listener: Listener | None = None,
 ) -> Program:
-    """Loads and traces a model, with the first rows of a data file as example inputs.
+    """Loads and traces a model.
+
+    A pickled module does not say what its inputs look like; the first rows of `data` do, unless
+    the user gave an example or a spec.
 
     Raises:
         LoadError, TraceError, UsageError, DataError: see `redpass.load`.
@@ -89,12 +92,13 @@ def load(
 
     listener = listener or Silent()
     stage = f"loading {model.name or model}"
+    is_pickle = model.suffix in (".pt", ".pth")
     listener.start(stage)
     try:
         return frontend.load(
             check_model(model),
             inputs=options.input,
-            data=options.example or (None if options.input else data),
+            data=options.example or (data if is_pickle and not options.input else None),
             tokenizer=tokenizer,
             task=options.task,
             module=options.module,

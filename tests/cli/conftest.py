@@ -1,0 +1,80 @@
+"""The command line in this process, on a small program instead of a model file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from redpass import Splits, export
+from redpass.cli import main, sources
+from redpass.data import Batches
+from redpass.program import Program
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a user sees of one command."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line: `run("inspect", path)`."""
+
+    def call(*words: object) -> Outcome:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def write_stub(program: Program, folder: Path, formats: tuple[str, ...]) -> None:
+    for name in formats:
+        (folder / f"model.{name}").write_text(program.text)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that stand for the model and the data of the tests."""
+
+    model: Path
+    data: Path
+    out: Path
+
+
+@pytest.fixture
+def files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    residual: Program,
+    residual_data: Splits,
+) -> Files:
+    """A model and data that load without parsing, and a writer of text files."""
+    found = Files(tmp_path / "model.pt2", tmp_path / "rows.npz", tmp_path / "out")
+    found.model.write_text("stands for a model")
+    found.data.write_text("stands for rows")
+    rows = (residual_data.calibration, residual_data.choosing, residual_data.reporting)
+    batches = Batches(tuple(itertools.chain(*rows)), str(found.data))
+    monkeypatch.setattr(sources, "load", lambda *_, **__: residual)
+    monkeypatch.setattr(sources, "read", lambda *_: batches)
+    monkeypatch.setattr(export, "write", write_stub, raising=False)
+    return found
+
+
+BUDGET = (
+    "--passes",
+    "drop_noops,drop_branches,drop_dead_nodes",
+    "--budget",
+    "relative_error<=0.05",
+)
