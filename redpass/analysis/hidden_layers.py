@@ -8,8 +8,9 @@ channels can be cut or merged here without touching anything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from torch import fx
 
@@ -47,43 +48,58 @@ def hidden_layers(program: Program, facts: Facts) -> tuple[HiddenLayer, ...]:
     """Finds every hidden layer, in the order of their second linears."""
     table = facts.get(linears)
     order = {node: place for place, node in enumerate(program.graph.nodes)}
-    regions = (_Region(program, table, second) for second in table.by_node.values())
-    return tuple(region.layer(order) for region in regions if region.first)
+    regions = (_Region(program, table, second, order) for second in table.by_node.values())
+    return tuple(region.layer() for region in regions if region.first)
 
 
 class _Region:
-    """What lies above one linear, walked up until linears and weights."""
+    """What lies above one linear, walked up until linears, weights, or a value others read.
 
-    def __init__(self, program: Program, table: Linears, second: Linear) -> None:
+    The walk takes the last node in graph order first, so all readers of a node that belong to the
+    region are in it before the node itself is looked at.
+    """
+
+    def __init__(
+        self, program: Program, table: Linears, second: Linear, order: Mapping[fx.Node, int]
+    ) -> None:
         self.program, self.table, self.second = program, table, second
-        self.first: dict[str, Linear] = {}
-        self.nodes: list[fx.Node] = []
+        self.first: list[Linear] = []
         self.vectors: list[fx.Node] = []
         self.problems: list[str] = []
-        pending = [program.nodes[second.input]]
+        self.inside: dict[fx.Node, None] = {program.nodes[second.node]: None}
+        start = program.nodes[second.input]
+        pending, names = [(-order[start], start.name)], {start.name}
         while pending:
-            node = pending.pop()
-            if node not in self.nodes:
-                pending += self._visit(node)
+            node = program.nodes[heappop(pending)[1]]
+            for operand in self._visit(node):
+                if operand.name not in names:
+                    names.add(operand.name)
+                    heappush(pending, (-order[operand], operand.name))
 
     def _visit(self, node: fx.Node) -> list[fx.Node]:
-        if node.name in self.table.by_node:
-            self.first[node.name] = self.table.by_node[node.name]
-        elif self._is_inside(node):
-            self.nodes.append(node)
-            return list(node.all_input_nodes)
-        elif self._is_vector(node):
+        """Puts `node` where it belongs; returns the operands to go on with."""
+        if self._is_vector(node):
             self.vectors.append(node)
-        elif not ops.is_size(node):
+            return []
+        if ops.is_size(node):
+            return []
+        is_linear = node.name in self.table.by_node
+        if is_linear:
+            self.first.append(self.table.by_node[node.name])
+        if not (is_linear or self._is_inside(node)):
             self.problems.append(f"{node.name} is neither elementwise nor a linear")
+        elif not all(user in self.inside for user in node.users):
+            self.problems.append(f"{node.name} is read elsewhere too")
+        elif not is_linear:
+            self.inside[node] = None
+            return list(node.all_input_nodes)
         return []
 
     def _is_inside(self, node: fx.Node) -> bool:
         if not (ops.is_pure(node) and ops.is_float(node) and self._has_width(node)):
             return False
         if ops.is_call(node, *ops.RESHAPES):
-            sizes = ops.argument(node, "size", "shape")
-            return isinstance(sizes[-1], int)
+            return isinstance(ops.argument(node, "size", "shape")[-1], int)
         if any(ops.is_size(operand) for operand in node.all_input_nodes):
             return False
         return ops.is_elementwise(node) or ops.is_call(node, *ops.DROPOUTS, *ops.COPIES)
@@ -95,21 +111,18 @@ class _Region:
     def _is_vector(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and tuple(node.meta["val"].shape) == (self.second.ins,)
 
-    def layer(self, order: dict[fx.Node, int]) -> HiddenLayer:
-        first = tuple(self.first.values())
-        nodes = tuple(sorted(self.nodes, key=order.__getitem__))
-        obstacle = next(iter([*self.problems, *self._obstacles(first)]), None)
-        return HiddenLayer(first, nodes, tuple(dict.fromkeys(self.vectors)), self.second, obstacle)
+    def layer(self) -> HiddenLayer:
+        """Returns what was found, with the first thing that stands in the way."""
+        nodes = tuple(reversed(self.inside))[:-1]
+        obstacle = next(iter([*self.problems, *self._obstacles()]), None)
+        first, vectors = tuple(reversed(self.first)), tuple(self.vectors)
+        return HiddenLayer(first, nodes, vectors, self.second, obstacle)
 
-    def _obstacles(self, first: tuple[Linear, ...]) -> Iterator[str]:
-        inside = {*(node.name for node in self.nodes), self.second.node}
-        for name in (*(linear.node for linear in first), *(node.name for node in self.nodes)):
-            if any(user.name not in inside for user in self.program.nodes[name].users):
-                yield f"{name} is read elsewhere too"
-        weights = [name for linear in first for name in linear.names]
+    def _obstacles(self) -> Iterator[str]:
+        weights = [name for linear in self.first for name in linear.names]
         if shared := self.table.shared([*weights, self.second.weight]):
             yield f"the weight {shared} is read elsewhere too"
-        if any(linear.outs != self.second.ins for linear in first):
+        if any(linear.outs != self.second.ins for linear in self.first):
             yield "a linear above has another width"
         if self.program.is_fake:
             yield "the weights carry no data"

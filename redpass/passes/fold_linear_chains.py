@@ -66,8 +66,6 @@ def _why_not(first: Linear, second: Linear, table: Linears, program: Program) ->
         return "the value between is read elsewhere too"
     if name := table.shared(first.names + second.names):
         return f"{name} is read elsewhere too, so the product would add bytes"
-    if program.weights[first.weight].dtype != program.weights[second.weight].dtype:
-        return "the weights are of different types"
     return None
 
 

@@ -1,5 +1,7 @@
 """`fold_linear_chains`: products where they do not grow, low-rank pairs kept."""
 
+from itertools import pairwise
+
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
@@ -15,7 +17,7 @@ def rand(*shape, seed=0):
 
 def chain(b, x, widths, biases, name="l"):
     """One linear per step from width to width; returns the last value."""
-    for i, (ins, outs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (ins, outs) in enumerate(pairwise(widths)):
         bias = b.weight(f"{name}{i}.bias", rand(outs, seed=i + 50)) if biases[i] else None
         weight = b.weight(f"{name}{i}.weight", rand(outs, ins, seed=i) / ins**0.5)
         x = b.call(aten.linear.default, x, weight, bias)

@@ -26,7 +26,7 @@ def values(batch, seq, past, groups=2):
 
 def copied(b, x, times, axis=2):
     """Repeats the heads `[b, g, t, d]` as `unsqueeze, expand, reshape` do."""
-    batch, groups, length, size = x.meta["val"].shape
+    _, groups, _, size = x.meta["val"].shape
     sizes = [b.call(aten.sym_size.int, x, i) for i in (0, 2)]
     wide = [sizes[0], groups, sizes[1], size]
     wide.insert(axis, times)
