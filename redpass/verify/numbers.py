@@ -138,6 +138,24 @@ def compare(
     return _verdict(findings, f"on {len(inputs)} sets of inputs", exactness)
 
 
+def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> Verdict:
+    """Checks the outputs of a file written from a program against the program's own.
+
+    Args:
+        truth: the float64 run of the program, by port name.
+        old: what the program gives; `new` may be twice as far off, plus the floor.
+        new: what the file gives, on the same inputs.
+        where: the inputs, for the reason: `on input_ids[1, 5]`.
+    """
+    findings: list[_Finding] = []
+    for port in new:
+        if fault := _shape_fault(old[port], new[port]):
+            findings.append(_Finding(port, "form", 1, 0, fault))
+        else:
+            findings += _rounding(port, truth[port], old[port], new[port])
+    return _verdict(findings, where, Exactness.WITHIN_TOLERANCE)
+
+
 def _findings(
     before: Program,
     after: Program,
@@ -271,4 +289,4 @@ def _sizes(values: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name}{list(value.shape)}" for name, value in list(values.items())[:3])
 
 
-__all__ = ["STATES", "Verdict", "compare", "reference"]
+__all__ = ["STATES", "Verdict", "compare", "compare_outputs", "reference"]
