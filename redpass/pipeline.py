@@ -39,6 +39,9 @@ from redpass.verify.originals import Originals
 MOST_ROUNDS = 4
 """How often an exact pass is run again while it still finds something."""
 
+SCREENED = 8
+"""How many calibration batches rank the candidates of an approximate pass."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -143,7 +146,9 @@ class _Run:
     def _originals(self, split: str) -> Originals:
         """What the original says about a split, computed once."""
         if split not in self._known:
-            self._known[split] = Originals(self.original, getattr(self.data, split))
+            data = getattr(self.data, "calibration" if split == "screening" else split)
+            part = data[:SCREENED] if split == "screening" else data
+            self._known[split] = Originals(self.original, part)
         return self._known[split]
 
     def _check_possible(self) -> None:
@@ -162,7 +167,13 @@ class _Run:
 
     def _one(self, pass_: Pass) -> None:
         if pass_.exactness is Exactness.APPROXIMATE:
-            search = Search(self.engine, self.budget, self.before, self._originals("choosing"))
+            search = Search(
+                self.engine,
+                self.budget,
+                self.before,
+                self._originals("screening"),
+                self._originals("choosing"),
+            )
             search.run(pass_)
             self.searches.append(search)
         else:
