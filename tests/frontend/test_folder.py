@@ -241,7 +241,6 @@ def test_sizes_that_do_not_fit_the_configuration(copy):
 
 
 def test_weights_that_are_missing(copy):
-    path, data = weights_of(copy)
     edit(copy, num_hidden_layers=3)
     with pytest.raises(LoadError, match=r"weights are missing: encoder\.layer\.2"):
         load(copy)
