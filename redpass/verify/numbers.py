@@ -30,7 +30,7 @@ cannot be told from one that was rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -141,6 +141,9 @@ def compare(
 def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> Verdict:
     """Checks the outputs of a file written from a program against the program's own.
 
+    The worst row is held to twice what `compare` allows: another runtime rounds at other places
+    in every kernel, and which of many rows is unlucky is not the program's doing.
+
     Args:
         truth: the float64 run of the program, by port name.
         old: what the program gives; `new` may be twice as far off, plus the floor.
@@ -152,7 +155,9 @@ def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> V
         if fault := _shape_fault(old[port], new[port]):
             findings.append(_Finding(port, "form", 1, 0, fault))
         else:
-            findings += _rounding(port, truth[port], old[port], new[port])
+            for found in _rounding(port, truth[port], old[port], new[port]):
+                wider = 2 if found.measure == "row error" else 1
+                findings.append(replace(found, allowed=wider * found.allowed))
     return _verdict(findings, where, Exactness.WITHIN_TOLERANCE)
 
 
