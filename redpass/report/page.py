@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def render(record: RunRecord) -> str:
     """Returns the page. Text that comes from a model is escaped; nothing is loaded from outside."""
     gone = rows.removed(record)
-    words, tone = rows.VERDICTS[record.verdict]
+    words, tone = rows.verdict(record)
     return (
         _environment()
         .get_template("page.html.jinja")

@@ -96,8 +96,22 @@ def headline(record: RunRecord) -> list[Row]:
     return [row for row in rows if row.change not in silent or row.tone in ("good", "bad")][:8]
 
 
+def verdict(record: RunRecord) -> tuple[str, str]:
+    """Returns the verdict in words, and its tone."""
+    return VERDICTS[record.verdict] if record.passes else ("measured, nothing changed", "plain")
+
+
+def name(record: RunRecord) -> str:
+    """Returns the model's name: the last two parts of its path."""
+    parts = [part for part in record.model.split("/") if part]
+    return clean("/".join(parts[-2:]) or record.model, 80)
+
+
 def summary(record: RunRecord) -> str:
     """Returns the run in one sentence."""
+    if not record.passes:
+        size = figures.count(record.before.parameters)
+        return f"{size} parameters, {figures.count(record.before.flops)} FLOPs."
     applied = sum(action.outcome == "applied" for action in record.actions)
     if record.verdict == "dry run":
         planned = sum(action.outcome == "planned" for action in record.actions)

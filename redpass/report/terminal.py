@@ -30,7 +30,7 @@ SHADES = " ░▒▓█"
 
 def run_summary(record: RunRecord) -> RenderableType:
     """Returns what a run did: the verdict, the before/after table, the approximate actions."""
-    words, tone = rows.VERDICTS[record.verdict]
+    words, tone = rows.verdict(record)
     head = Text.assemble((words, f"bold {STYLES[tone]}"), ". ", rows.summary(record))
     if record.verdict == "dry run":
         return Parts(head, "", costs(record.before), "", places(record))

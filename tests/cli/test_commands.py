@@ -102,12 +102,19 @@ def test_force_replaces_an_older_result(run: Run, files: Files) -> None:
 def test_inspect(run: Run, files: Files) -> None:
     found = run("inspect", files.model)
     assert found.code == 0, found.err
-    for part in ("parameters", "8.92 K", "x:float32[batch,seq,8]", "layers.3.feed-forward"):
+    for part in (
+        "parameters",
+        "8.92 K",
+        "x:float32[batch,seq,8]",
+        "0-3",
+        "feed-forward",
+        "gelu 64",
+    ):
         assert part in found.out
     data = json.loads(run("inspect", files.model, "--json").out)
-    assert data["cost"]["parameters"] == 8920
-    assert [branch["kind"] for branch in data["branches"]] == ["feed-forward"] * 4
-    assert data["dims"] == {"batch": "1 or more", "seq": "1 or more"}
+    assert data["parameters"] == 8920
+    assert [row["kind"] for row in data["rows"]] == ["feed-forward"] * 4
+    assert data["dims"]["batch"] == [1, None]
 
 
 def test_analyze(run: Run, files: Files, tmp_path: Path) -> None:
