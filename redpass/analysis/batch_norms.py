@@ -21,13 +21,20 @@ class BatchNorm:
 
     Attributes:
         node: the norm.
+        result: the node that has the normed value: `node`, or what takes it out of a tuple.
         layer: the layer, or None when neither neighbour is one.
         follows: whether the norm comes after the layer.
     """
 
     node: fx.Node
+    result: fx.Node
     layer: fx.Node | None
     follows: bool
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it reads the statistics of the batch."""
+        return ops.is_call(self.node, "batch_norm") and bool(ops.argument(self.node, "training"))
 
     def operands(self, node: fx.Node, *names: str) -> tuple[str | None, ...]:
         """Returns the names of the weights `node` takes as these arguments."""
@@ -60,16 +67,23 @@ class BatchNorm:
 def batch_norms(program: Program, facts: Facts | None = None) -> tuple[BatchNorm, ...]:
     """Finds every batch norm, each with the layer before it, or else the one after it."""
     del facts
-    nodes = (node for node in program.graph.nodes if ops.is_call(node, "batch_norm"))
-    return tuple(_read(node) for node in nodes)
+    return tuple(norm for node in program.graph.nodes if (norm := _read(node)))
 
 
-def _read(node: fx.Node) -> BatchNorm:
-    before, after = node.args[0], next(iter(node.users), None)
+def _read(node: fx.Node) -> BatchNorm | None:
+    result = node
+    if ops.is_call(node, "_native_batch_norm_legit_no_training"):
+        used = [user for user in node.users if user.users]
+        if len(used) != 1 or used[0].args[1:] != (0,):
+            return None
+        result = used[0]
+    elif not ops.is_call(node, "batch_norm"):
+        return None
+    before, after = node.args[0], next(iter(result.users), None)
     if not _is_layer(before) and isinstance(after, fx.Node) and _is_layer(after):
-        return BatchNorm(node, after, follows=False)
+        return BatchNorm(node, result, after, follows=False)
     layer = before if isinstance(before, fx.Node) and _is_layer(before) else None
-    return BatchNorm(node, layer, follows=True)
+    return BatchNorm(node, result, layer, follows=True)
 
 
 def _is_layer(node: Any) -> bool:

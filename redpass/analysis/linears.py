@@ -165,6 +165,8 @@ def can_view(mode: FakeTensorMode, node: fx.Node, value: Tensor) -> bool:
 
     A `view` fails where strides do not allow it; every other op takes any strides.
     """
+    if _only_splits(node):
+        return True
     for user in node.users:
         if not ops.is_view(user):
             continue
@@ -174,4 +176,19 @@ def can_view(mode: FakeTensorMode, node: fx.Node, value: Tensor) -> bool:
             return False
         if isinstance(viewed, Tensor) and not can_view(mode, user, viewed):
             return False
+    return True
+
+
+def _only_splits(node: fx.Node) -> bool:
+    """Whether the views that follow split the last axis or move axes: that any strides allow.
+
+    Told from sizes, because calls on fake values take milliseconds each.
+    """
+    for user in node.users:
+        if ops.is_view(user):
+            lead = list(map(str, node.meta["val"].shape[:-1]))
+            same = list(map(str, user.meta["val"].shape[: len(lead)])) == lead
+            moves = ops.is_call(user, *ops.RESHAPES, *ops.COPYING_VIEWS) and not same
+            if moves or not _only_splits(user):
+                return False
     return True

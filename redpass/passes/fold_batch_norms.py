@@ -61,9 +61,9 @@ def _judge_all(
 
 
 def _why_not(norm: BatchNorm, layer: fx.Node, table: Linears) -> str | None:
-    between = layer if norm.follows else norm.node
+    between = layer if norm.follows else norm.result
     names = norm.operands(layer, "weight", "bias")
-    if ops.argument(norm.node, "training"):
+    if norm.is_training:
         return "it reads the statistics of the batch"
     if len(between.users) > 1:
         return "the value between is read elsewhere too"
@@ -96,7 +96,7 @@ def _fold(norms: list[BatchNorm], layer: fx.Node, program: Program) -> Action:
     bias = None if old_bias is None else program.weights[old_bias].double()
     for norm in norms:
         weight, bias = norm.fold(layer, weight, bias, program)
-        value, last = (value, norm.node) if norm.follows else (norm.node.args[0], last)
+        value, last = (value, norm.result) if norm.follows else (norm.node.args[0], last)
     name, dtype = new_name(program, str(old), "normed"), program.weights[str(old)].dtype
     source: Any = value
     target: Any = layer.target

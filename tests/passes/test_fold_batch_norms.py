@@ -1,5 +1,7 @@
 """`fold_batch_norms`: after and before convolutions of every kind, and what must stay."""
 
+import operator
+
 import pytest
 import torch
 from building import Builder, aten
@@ -130,6 +132,19 @@ def test_a_norm_of_the_batch_stays(check_pass):
     program = b.program(b.call(aten.batch_norm.default, *args))
     checked = check_pass(FoldBatchNorms(), program, [[rand(3, 4, 6, 5)]], "of_the_batch")
     assert [len(checked.plan.actions), len(checked.plan.skips)] == [0, 1]
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_the_decomposed_op_that_gives_a_tuple(check_pass, follows):
+    b = Builder()
+    x = image(b, 4)
+    value = conv(b, x, "c", 4, 4) if follows else x
+    stats = [b.weight(k, rand(4, seed=i).abs() + 0.1) for i, k in enumerate("gbmv")]
+    op = aten._native_batch_norm_legit_no_training.default
+    y = b.call(operator.getitem, b.call(op, value, *stats, 0.1, 1e-5), 0)
+    y = y if follows else conv(b, y, "c", 4, 4)
+    checked = check_pass(FoldBatchNorms(), b.program(y), [[rand(2, 4, 6, 5)]])
+    assert "batch_norm" not in checked.after.text
 
 
 def test_weights_without_data_fold_by_shape():
