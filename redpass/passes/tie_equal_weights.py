@@ -37,14 +37,15 @@ class TieEqualWeights:
     Costs: reads a few elements of each weight, and all of those whose samples agree.
 
     Attributes:
-        min_bytes: smaller weights are left alone: each tie costs the source a parameter name.
+        min_bytes: smaller weights are left alone. By default none are: tables of a few bytes, one
+            a layer, keep everything computed from them apart.
     """
 
     name: ClassVar[str] = "tie_equal_weights"
     needs: ClassVar[tuple[Any, ...]] = ()
     exactness: ClassVar[Exactness] = Exactness.SAME_BITS
 
-    min_bytes: int = 1024
+    min_bytes: int = 0
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans one action per weight that repeats an earlier one."""
