@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from redpass.analysis.axes import Dimension, resolve
 from redpass.analysis.couplings import Couplings
 from redpass.analysis.flow import Flow
+from redpass.analysis.members import CouplingGroup, Member
 from redpass.analysis.records import (
     Attention,
     Branch,
-    CouplingGroup,
     FeedForward,
-    Member,
     Projection,
     Structure,
 )

@@ -17,15 +17,14 @@ from redpass.analysis.flow import Flow
 from redpass.analysis.groups import coupling_groups
 from redpass.analysis.labels import branch_labels, module_path
 from redpass.analysis.layers import fingerprint, layer_indices
+from redpass.analysis.members import CouplingGroup, Member
 from redpass.analysis.norms import find_norms
 from redpass.analysis.records import (
     Attention,
     Branch,
-    CouplingGroup,
     Experts,
     FeedForward,
     Layer,
-    Member,
     Norm,
     Projection,
     Rotary,

@@ -12,7 +12,7 @@ from zoo import BUILDERS, MORE, load
 from redpass.analysis.axes import length, resolve
 from redpass.analysis.couplings import Couplings
 from redpass.analysis.flow import Flow
-from redpass.analysis.records import CouplingGroup, Member
+from redpass.analysis.members import CouplingGroup, Member
 from redpass.analysis.structure import structure
 from redpass.frontend import random_inputs
 from redpass.program import Program

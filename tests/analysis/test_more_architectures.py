@@ -53,7 +53,7 @@ def test_every_model_is_in_one_table() -> None:
     assert EXPECTED.keys() | WITHOUT_ATTENTION.keys() == MORE.keys()
 
 
-@pytest.mark.parametrize("name", map(marks, EXPECTED))
+@pytest.mark.parametrize("name", [marks(name) for name in EXPECTED])
 def test_facts(name: str) -> None:
     kinds, form, layers, heads, kv_heads, rotary, width, activation = EXPECTED[name]
     found = structure(load(name))
@@ -70,7 +70,7 @@ def test_facts(name: str) -> None:
     assert found.norms
 
 
-@pytest.mark.parametrize("name", map(marks, WITHOUT_ATTENTION))
+@pytest.mark.parametrize("name", [marks(name) for name in WITHOUT_ATTENTION])
 def test_what_is_not_understood_is_said(name: str) -> None:
     kinds, notes = WITHOUT_ATTENTION[name]
     found = structure(load(name))
@@ -80,7 +80,7 @@ def test_what_is_not_understood_is_said(name: str) -> None:
         assert any(part in note for note in found.notes), found.notes
 
 
-@pytest.mark.parametrize("name", map(marks, MORE))
+@pytest.mark.parametrize("name", [marks(name) for name in MORE])
 def test_dropping_a_branch_is_adding_zero(name: str) -> None:
     program = load(name)
     inputs = random_inputs(program, seed=1)
@@ -88,7 +88,7 @@ def test_dropping_a_branch_is_adding_zero(name: str) -> None:
         check_drop(program, branch, inputs)
 
 
-@pytest.mark.parametrize("name", map(marks, MORE))
+@pytest.mark.parametrize("name", [marks(name) for name in MORE])
 def test_costs_and_inspection_hold_for_all(name: str) -> None:
     program = load(name)
     shown = inspection(program)

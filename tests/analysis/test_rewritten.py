@@ -22,21 +22,17 @@ def merged(model: Program, names: list[str]) -> Program:
     """One linear in place of the linears called `names`, which share their input."""
     nodes = [model.nodes[name] for name in names]
     weights = [model.weights[str(node.args[1].target)] for node in nodes]  # type: ignore[union-attr]
-    new = f"{names[0]}.merged"
-    last = max(nodes, key=list(model.nodes.values()).index)
-    after = list(model.nodes)[list(model.nodes).index(last.name) + 1]
+    source = nodes[0].args[0].name  # type: ignore[union-attr]
     edits: list[Edit] = [
-        SetWeight(new, torch.cat(weights)),
-        Insert("fused", aten.linear.default, (Ref(nodes[0].args[0].name), WeightRef(new)), after),  # type: ignore[union-attr]
+        SetWeight("merged", torch.cat(weights)),
+        Insert("fused", aten.linear.default, (Ref(source), WeightRef("merged")), names[0]),
     ]
     first = 0
-    for node, weight in zip(nodes, weights, strict=True):
-        end = first + weight.shape[0]
-        edits.append(
-            Insert(f"{node.name}_part", aten.slice.Tensor, (Ref("fused"), -1, first, end), after)
-        )
-        edits.append(Replace(node.name, f"{node.name}_part"))
-        first = end
+    for name, weight in zip(names, weights, strict=True):
+        args = (Ref("fused"), -1, first, first + weight.shape[0])
+        edits += [Insert(f"{name}_part", aten.slice.Tensor, args, names[0])]
+        edits += [Replace(name, f"{name}_part")]
+        first += weight.shape[0]
     return apply(model, [Action("test.merge", names[0], tuple(edits), "test")])
 
 
@@ -74,7 +70,7 @@ def test_queries_keys_and_values_in_one_linear_are_told_apart() -> None:
     maps = [before.query, before.key, before.value]
     names = [projection.node for projection in maps if projection]
     order = list(model.nodes)
-    fused = hoisted(model, sorted(names, key=order.index))
+    fused = merged(model, sorted(names, key=order.index))
     after = first_of(fused, "attention").attention
     assert after is not None
     assert (after.heads, after.kv_heads, after.grouping) == (4, 2, "GQA")
@@ -85,24 +81,6 @@ def test_queries_keys_and_values_in_one_linear_are_told_apart() -> None:
     assert after.query.rows == tuple(range(8 * i, 8 * i + 8) for i in range(4))
     assert after.key.rows == (range(32, 40), range(40, 48))
     assert after.value.rows == (range(48, 56), range(56, 64))
-
-
-def hoisted(model: Program, names: list[str]) -> Program:
-    """As `merged`, at the first of the linears: their readers stand between them."""
-    nodes = [model.nodes[name] for name in names]
-    weights = [model.weights[str(node.args[1].target)] for node in nodes]  # type: ignore[union-attr]
-    source = nodes[0].args[0].name  # type: ignore[union-attr]
-    edits: list[Edit] = [
-        SetWeight("merged", torch.cat(weights)),
-        Insert("fused", aten.linear.default, (Ref(source), WeightRef("merged")), names[0]),
-    ]
-    first = 0
-    for name, weight in zip(names, weights, strict=True):
-        args = (Ref("fused"), -1, first, first + weight.shape[0])
-        edits += [Insert(f"{name}_part", aten.slice.Tensor, args, names[0])]
-        edits += [Replace(name, f"{name}_part")]
-        first += weight.shape[0]
-    return apply(model, [Action("test.merge", names[0], tuple(edits), "test")])
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
