@@ -38,8 +38,10 @@ class FuseNorms:
     Not tried: layer norms written out; these are traced as `layer_norm` almost everywhere.
     Costs: one walk. Why it is done: ONNX Runtime 1.31 does not find the pattern (it looks for a
     division, `rsqrt` is exported as square root and reciprocal). Time after / before for one norm,
-    one core, widths 384 to 2048, at 1, 16, 128 and 1024 tokens: ONNX Runtime 0.38, 0.39, 0.37,
-    0.39; eager PyTorch 0.84, 0.89, 0.96, 0.78; `torch.compile` 0.63, 0.68, 0.50, 0.73.
+    one core, at 1, 16, 128 and 1024 tokens: ONNX Runtime, widths 384 to 2048, 0.37, 0.39, 0.37,
+    0.38; `torch.compile`, width 1024, 0.63, 0.68, 0.50, 0.73; eager 0.83, 0.89, 0.96, and at 1024
+    tokens 0.85 at width 384 but 2.5 to 2.8 from 4 MiB on, where the op's own temporary costs page
+    faults (fastest runs: 0.95 to 1.01). Without gain, as `fold_norm_gains` leaves most, 0.80.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 

@@ -33,21 +33,23 @@ class MergeLinears:
     When: the weights are read nowhere else, so the merged copy adds no bytes; readers can read a
     slice (a `view` that needs contiguous values cannot); and the input is at most `max_width` wide.
     Not tried: linears of different ops (`linear` with `addmm`), or of different dtypes.
-    Costs: one copy of the merged weights. The figures behind `max_width`, time of q, k, v and their
-    transposes after / before, geometric mean over 1, 8, 16, 128 and 1024 tokens, one core:
+    Costs: one copy of the merged weights. The figures behind the limits, time after / before,
+    geometric mean over 1, 8, 16, 128 and 1024 tokens, one core:
 
-        width                384   768   1024  2048
-        ONNX Runtime, bias   0.91  0.92  0.95  1.00
-        ONNX Runtime         0.94  0.97  0.98  1.05
-        eager, bias          0.90  1.00  1.03  1.12
+        width                           384   768   1024  2048
+        q, k, v, bias, ONNX Runtime     0.91  0.94  0.97  1.01
+        q, k, v, bias, eager            0.90  1.00  1.03  1.12
+        q, k, v, ONNX Runtime           0.96  0.95  0.97  1.00
+        gate, up, ONNX Runtime          1.00  0.99  0.99  0.98
+        gate, up, eager                 0.97  1.08  1.05  1.16
 
     The gain is in the calls, up to 20% at one token. Wide layers have none to give, and slicing
-    many tokens costs a copy.
+    many tokens costs a copy (1.03 to 1.06 at 1024 tokens).
 
     Attributes:
         max_width: the widest input whose linears are merged.
-        max_growth: linears that are together more than this many times as wide as their input
-            stay apart: their results would all be alive at once.
+        max_growth: linears together more than this many times as wide as their input stay apart:
+            gate and up gain nothing, and many results would all be alive at once.
     """
 
     name: ClassVar[str] = "merge_linears"
