@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from redpass.errors import VerifyError
 from redpass.program import Program
+from redpass.verify.inputs import random_inputs
 from redpass.verify.numbers import reference
 
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
@@ -46,8 +47,11 @@ def default_double() -> Iterator[None]:
 def run_in_double(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     module = copy.deepcopy(module).double()
+    if hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("eager")  # the default's kernel has no float64
     with torch.no_grad(), default_double(), InDouble():
-        return module(**wide)
+        result = module(**wide)
+    return result if isinstance(result, Tensor) else result[0]
 
 
 @pytest.fixture
@@ -60,16 +64,19 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check_architecture(zoo: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    caught: dict[str, Any] = {}
+    caught: list[nn.Module] = []
     build = zoo.program
 
-    def program(module: nn.Module, example: dict[str, Tensor], dims: Any) -> Program:
-        caught.update(module=module, example=example)
-        return build(module, example, dims)
+    def program(module: nn.Module, *args: Any, **options: Any) -> Program:
+        caught.append(module)
+        return build(module, *args, **options)
 
     monkeypatch.setattr(zoo, "program", program)
-    result = reference(zoo.BUILDERS[name](), caught["example"])[0]
-    expected = run_in_double(caught["module"], caught["example"])
+    traced_program = zoo.BUILDERS[name]()
+    inputs = random_inputs(traced_program, {"past": 0}, seed=1)
+    state = {source for source, _ in traced_program.signature.state}
+    result = reference(traced_program, inputs)[0]
+    expected = run_in_double(caught[0].eval(), {k: v for k, v in inputs.items() if k not in state})
     assert result.dtype == torch.float64
     assert ((result - expected).norm() / expected.norm()).item() < 1e-12
 
