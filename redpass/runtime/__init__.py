@@ -1,1 +1,1 @@
-"""See ARCHITECTURE.md."""
+"""Running results: drop-in callables around a program or a file."""
