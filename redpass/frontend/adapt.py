@@ -6,8 +6,9 @@ of class names.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,24 @@ def is_diffusers(module: nn.Module) -> bool:
         and hasattr(module, "config")
         and hasattr(module, "register_to_config")
     )
+
+
+@contextlib.contextmanager
+def plain_experts(module: Any) -> Iterator[None]:
+    """Lets expert layers run as plain batched products, which every runtime has.
+
+    The default groups tokens by expert with an op that neither ONNX nor most devices know. The
+    module's own choice is restored afterwards.
+    """
+    if not getattr(module, "_can_set_experts_implementation", lambda: False)():
+        yield
+        return
+    original = module.get_experts_implementation()
+    module.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        module.set_experts_implementation(original)
 
 
 def adapt_transformers(model: Any) -> Adapted:
@@ -138,8 +157,8 @@ def _image(model: Any, _names: list[str]) -> tuple[dict[str, Tensor], DimNames]:
         raise TraceError("the configuration states no image_size", hint=_GIVE_PIXELS)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = int(getattr(config, "num_channels", 3))
-    shape = ("batch", channels, int(height), int(width))
-    return {"pixel_values": torch.randn(BATCH, *shape[1:])}, {"pixel_values": shape}  # type: ignore[arg-type]
+    fixed = (channels, int(height), int(width))
+    return {"pixel_values": torch.randn(BATCH, *fixed)}, {"pixel_values": ("batch", *fixed)}
 
 
 _GIVE_PIXELS = "give it: --input 'pixel_values:float32[batch,3,224,224]'"

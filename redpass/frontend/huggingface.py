@@ -134,7 +134,6 @@ def _transformers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
     kind_of_model = _model_class(raw, config, file)
     with _quiet():
         module = _build(kind_of_model, config, folder, raw, fake=fake)
-    _set_experts(module)
     return module.eval()
 
 
@@ -214,12 +213,6 @@ def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     found = getattr(torch, name.removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _set_experts(module: Any) -> None:
-    """Chooses the form of expert layers that is plain matrix products, so that it exports."""
-    if getattr(module, "_can_set_experts_implementation", lambda: False)():
-        module.set_experts_implementation("batched_mm")
 
 
 def _diffusers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:

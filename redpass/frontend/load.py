@@ -143,15 +143,16 @@ def _trace(
 ) -> Program:
     adapted = _adapt(module, example, inputs)
     origin = replace(origin, task=task or adapted.task, notes=(*origin.notes, *adapted.notes))
-    program = trace(
-        adapted.module,
-        adapted.example,
-        dims=adapted.dims,
-        state=adapted.state,
-        origin=origin,
-        call=adapted.call,
-        ranges=adapted.ranges,
-    )
+    with adapt.plain_experts(module):
+        program = trace(
+            adapted.module,
+            adapted.example,
+            dims=adapted.dims,
+            state=adapted.state,
+            origin=origin,
+            call=adapted.call,
+            ranges=adapted.ranges,
+        )
     return _without_data(program) if fake else program
 
 

@@ -24,10 +24,12 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+TYPES = ["sliding_attention", "full_attention"]
 CONFIGS = {
     "llama": {**SIZE, "num_key_value_heads": 2},
-    "qwen3": {**SIZE, **GQA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "gemma3_text": {**SIZE, **GQA, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3": {**SIZE, **GQA, **WINDOW},
+    "gemma3_text": {**SIZE, **GQA, "sliding_window": 4, "layer_types": TYPES},
     "gpt2": {**SMALL, "n_positions": 64},
     "opt": {**SIZE, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": SIZE,
@@ -126,3 +128,10 @@ def test_recognised_by_interface_not_by_name():
     model, _ = traced("llama")
     assert is_causal(model, list(inspect.signature(model.forward).parameters))
     assert not is_causal(model.model, list(inspect.signature(model.model.forward).parameters))
+
+
+def test_experts_become_batched_products_and_the_model_keeps_its_choice():
+    model, program = traced("mixtral")
+    assert "bmm" in program.text
+    assert "grouped_mm" not in program.text
+    assert model.get_experts_implementation() == {"": "grouped_mm"}

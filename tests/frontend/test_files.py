@@ -307,8 +307,10 @@ def test_missing_and_short_weights(saved, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["Symbol('s0', positive=True, integer=True)", "Add(Symbol('s1'), Integer(2))", "s0 + 1", "-s3*4",
-     "FloorDiv(Mul(Integer(3), Symbol('s77', integer=True)), Integer(2))", "Pow(Symbol('s1'), Integer(2))"],
+    ["Symbol('s0', positive=True, integer=True)", "Add(Symbol('s1'), Integer(2))", "s0 + 1",
+     "-s3*4",
+     "FloorDiv(Mul(Integer(3), Symbol('s77', integer=True)), Integer(2))",
+     "Pow(Symbol('s1'), Integer(2))"],
 )  # fmt: skip
 def test_size_expressions(text):
     assert pt2_check.is_safe_expression(text)
@@ -317,7 +319,8 @@ def test_size_expressions(text):
 @pytest.mark.parametrize(
     "text",
     ["().__class__", "open('x')", "Symbol('a').x", "lambda: 1", "[1]", "s0[0]", "'a'*9", "9**9**9",
-     "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "Symbol(open('x'))", "__import__('os')", "f'{s0}'",
+     "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "Symbol(open('x'))", "__import__('os')",
+     "f'{s0}'",
      "Symbol('__class__ x')", "Add(*[1])", "eval(s0)", 5, "(" * 300 + ")" * 300],
 )  # fmt: skip
 def test_what_is_no_size_expression(text):

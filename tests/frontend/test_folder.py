@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -20,14 +21,25 @@ SIZE = {
 TEXT = {**SIZE, "vocab_size": 96, "max_position_embeddings": 64}
 IMAGE = {**SIZE, "image_size": 32, "patch_size": 8}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GLOBAL = {
+    "global_attn_every_n_layers": 2,
+    "local_attention": 4,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+AUDIO = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96,
+    "max_source_positions": 30, "num_mel_bins": 16, "decoder_start_token_id": 1,
+}  # fmt: skip
 MODELS = {
     "bert": ("BertModel", TEXT),
     "mpnet": ("MPNetModel", TEXT),
-    "modernbert": ("ModernBertModel", {**TEXT, **IDS, "global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2}),
+    "modernbert": ("ModernBertModel", {**TEXT, **IDS, **GLOBAL}),
     "vit": ("ViTForImageClassification", IMAGE),
     "dinov2": ("Dinov2Model", IMAGE),
-    "whisper": ("WhisperForConditionalGeneration", {**IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96, "max_source_positions": 30, "num_mel_bins": 16, "decoder_start_token_id": 1}),
-}  # fmt: skip
+    "whisper": ("WhisperForConditionalGeneration", {**IDS, **AUDIO}),
+}
 
 
 def save(name, folder):
@@ -140,7 +152,7 @@ def test_missing_sources(tmp_path):
     with pytest.raises(LoadError, match="Too many levels"):
         load(loop)
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(LoadError, match="'.bin' is no model format"):
+    with pytest.raises(LoadError, match=r"'\.bin' is no model format"):
         load(tmp_path / "model.bin")
 
 
@@ -173,7 +185,7 @@ def test_empty_weights_pointer_and_pickles(copy):
         load(copy)
     path.unlink()
     (copy / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(LoadError, match=r"only pickled weights \(pytorch_model.bin\)"):
+    with pytest.raises(LoadError, match=r"only pickled weights \(pytorch_model\.bin\)"):
         load(copy)
     os.symlink("nowhere", path)
     with pytest.raises(LoadError, match="no such file"):
@@ -190,15 +202,23 @@ def pack(table, rest):
     return len(text).to_bytes(8, "little") + text + rest
 
 
+def _shift(entry):
+    entry["data_offsets"][0] += 4
+
+
+def _overlap(entry):
+    entry["data_offsets"] = [0, entry["data_offsets"][1] - entry["data_offsets"][0]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e.update(data_offsets=[e["data_offsets"][0] + 4, e["data_offsets"][1]]), "does not fit"),
-        (lambda e: e.update(shape=[-1]), "a bad entry"),
-        (lambda e: e.update(dtype="X9"), "a bad entry"),
-        (lambda e: e.update(data_offsets=[0, e["data_offsets"][1] - e["data_offsets"][0]]), "overlaps|hole"),
+        (_shift, "does not fit"),
+        (lambda entry: entry.update(shape=[-1]), "a bad entry"),
+        (lambda entry: entry.update(dtype="X9"), "a bad entry"),
+        (_overlap, "overlaps|hole"),
     ],
-)  # fmt: skip
+)
 def test_headers_that_lie(copy, change, message):
     path, data = weights_of(copy)
     table, rest = header(data)
@@ -230,7 +250,7 @@ def test_missing_shards_and_wrong_maps(copy, bert):
     with pytest.raises(LoadError, match="ghost: not in the shard"):
         load(copy)
     first.unlink()
-    with pytest.raises(LoadError, match=f"shard '{first.name}' is missing"):
+    with pytest.raises(LoadError, match=re.escape(f"shard '{first.name}' is missing")):
         load(copy)
 
 
