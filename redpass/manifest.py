@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,8 +115,3 @@ def digest(path: Path) -> str:
     """Returns the SHA-256 of a file's content, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_bytes(folder: Path) -> int:
-    """Returns the summed size of every file under `folder`, in bytes."""
-    return sum(os.path.getsize(path) for path in files_of(folder))

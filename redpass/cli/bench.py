@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,7 @@ def bench(
         listener.start("measuring")
         table = measuring.compare(original, optimized, runners=names, rounds=rounds)
         listener.finish("measuring")
-    screen.emit(asdict(table))
+    screen.emit(table.to_json())
     screen.show(latency(table.rows, table.machine))
 
 

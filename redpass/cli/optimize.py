@@ -152,14 +152,12 @@ class Job:
     ) -> RunRecord:
         """Writes the result and its report; returns the record with files and latency in it."""
         from redpass import export
-        from redpass.manifest import file_bytes
         from redpass.report import write_report
 
         listener.start("writing")
         export.write(found.program, folder, formats)
         listener.finish("writing")
-        after = replace(found.record.after, file_bytes=file_bytes(folder))
-        record = replace(found.record, after=after)
+        record = _with_file_bytes(found.record, self.model, folder, formats)
         if bench:
             listener.start("measuring latency")
             record = replace(record, latency=self._latency(found))
@@ -191,6 +189,23 @@ def _staged(result: ResultOptions, model: Path) -> Iterator[Path]:
     assert result.out is not None  # the command saw to it
     with staged(result.out, source=model, force=result.force) as folder:
         yield folder
+
+
+def _with_file_bytes(
+    record: RunRecord, model: Path, folder: Path, formats: tuple[str, ...]
+) -> RunRecord:
+    """Fills in the bytes on disk: of the source's weights, and of the largest form written."""
+    weights = model.glob("*.safetensors") if model.is_dir() else [model]
+    sizes = [sum(_size(path) for path in folder.glob(f"model.{name}*")) for name in formats]
+    return replace(
+        record,
+        before=replace(record.before, file_bytes=sum(map(_size, weights))),
+        after=replace(record.after, file_bytes=max(sizes)),
+    )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _written(out: Path) -> list[Path]:

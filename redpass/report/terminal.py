@@ -13,6 +13,7 @@ from rich.text import Text
 
 from redpass.errors import clean
 from redpass.record import (
+    ActionRecord,
     BranchRecord,
     CostRecord,
     LatencyRecord,
@@ -158,12 +159,12 @@ def places(record: RunRecord, place: str = "") -> RenderableType:
         chosen = [a for a in group.actions if place in a.target or place in a.key]
         if chosen:
             head = _group_head(group, len(chosen))
-            lines = [(a.target, a.reason, rows.evidence(a), a.why) for a in chosen]
+            lines = [(a.target, *_why(a)) for a in chosen]
             parts += [head, _lines(lines, cut=not place), ""]
     for group in rows.skip_groups(record):
         found = [s for s in group.skips if place in s.target]
         if found:
-            shown = [(s.target, s.reason, "", "") for s in found]
+            shown = [(s.target, s.reason, "") for s in found]
             parts += [_group_head(group, len(found)), _lines(shown, cut=not place), ""]
     return Parts(*parts[:-1])
 
@@ -174,12 +175,21 @@ def _group_head(group: rows.Group, count: int) -> Text:
     return Text.assemble((group.outcome, style), f" {count} x ", (clean(rule, 80), "bold"))
 
 
-def _lines(found: list[tuple[str, str, str, str]], *, cut: bool) -> Table:
+def _why(action: ActionRecord) -> tuple[str, str]:
+    """What decided about an action, and what else is known: for what was done, its reason."""
+    known = "; ".join(part for part in (action.reason, rows.evidence(action)) if part)
+    is_done = action.outcome in ("applied", "planned") or not action.why
+    return (known, action.why) if is_done else (action.why, known)
+
+
+def _lines(found: list[tuple[str, str, str]], *, cut: bool) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
-    for target, *why in found[: MOST_PLACES if cut else None]:
-        text = "; ".join(clean(part, 400) for part in why if part)
-        table.add_row(Text(f"  {clean(target, 80)}"), Text(text, "dim"))
+    for target, decisive, known in found[: MOST_PLACES if cut else None]:
+        why = Text(clean(decisive, 400))
+        if known:
+            why.append(f"\n{clean(known, 400)}", "dim")
+        table.add_row(Text(f"  {clean(target, 80)}"), why)
     if cut and len(found) > MOST_PLACES:
         table.add_row(Text(f"  and {len(found) - MOST_PLACES} more", "dim"), "")
     return table

