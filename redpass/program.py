@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, fx
 
 from redpass.errors import UsageError
+from redpass.text import line
+from redpass.text import op_name as op_name
 
 Shape = tuple[int | str, ...]
 """Sizes; a symbolic one is an expression over dimension names, such as `past + seq`."""
@@ -150,7 +152,7 @@ class Program:
     @cached_property
     def text(self) -> str:
         """The graph as text, one line a node: stable, diffable, the form of golden tests."""
-        return "\n".join(_line(node) for node in self.graph.nodes)
+        return "\n".join(line(node) for node in self.graph.nodes)
 
     @cached_property
     def digest(self) -> str:
@@ -262,47 +264,3 @@ class _Interpreter(fx.Interpreter):
         if n.op == "output":
             return value
         return self._observe(self._originals[n.name], value)
-
-
-def _line(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"%{node.name}{_type(node)} = input"
-    if node.op == "get_attr":
-        return f"%{node.name}{_type(node)} = weight {node.target}"
-    if node.op == "output":
-        return f"return {_argument(node.args[0])}"
-    parts = [_argument(a) for a in node.args]
-    parts += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
-    return f"%{node.name}{_type(node)} = {op_name(node.target)}({', '.join(parts)})"
-
-
-def op_name(target: Any) -> str:
-    """Returns a short stable name of a call target: `linear`, `add.Tensor`, `operator.add`."""
-    if isinstance(target, torch._ops.OpOverload):
-        name = str(target).removeprefix("aten.")
-        return name.removesuffix(".default")
-    module = getattr(target, "__module__", "") or ""
-    return f"{module.lstrip('_')}.{getattr(target, '__name__', target)}"
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_argument, value)) + "]"
-    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        return str(value).removeprefix("torch.")
-    return str(value)
-
-
-_SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b1", "complex": "c"}
-
-
-def _type(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ""
-    name = str(value.dtype).removeprefix("torch.")
-    stem = name.rstrip("0123456789")
-    dims = ",".join(str(size).replace(" ", "") for size in value.shape)
-    return f":{_SHORT.get(stem, stem)}{name[len(stem) :]}[{dims}]"
