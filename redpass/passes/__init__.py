@@ -4,7 +4,6 @@ from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_constant_channels import DropConstantChannels
 from redpass.passes.drop_dead_nodes import DropDeadNodes
 from redpass.passes.drop_identity_gathers import DropIdentityGathers
-from redpass.passes.drop_identity_gathers import DropIdentityGathers
 from redpass.passes.drop_neutral_operands import DropNeutralOperands
 from redpass.passes.drop_noops import DropNoops
 from redpass.passes.fold_batch_norms import FoldBatchNorms
@@ -25,7 +24,6 @@ from redpass.plan import Pass
 CLEANUP: tuple[type[Pass], ...] = (
     DropNoops,
     DropNeutralOperands,
-    DropIdentityGathers,
     ShortenChains,
     DropIdentityGathers,
     MergeEqualSizes,
