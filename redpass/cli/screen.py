@@ -13,19 +13,20 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
 from redpass.cli.options import RunOptions
 from redpass.errors import clean
 from redpass.progress import Listener, Silent
+from redpass.report.figures import whole_seconds
 from redpass.report.files import to_json
 
 PIPED_WIDTH = 140
@@ -117,15 +118,26 @@ class Bars:
             self._progress.console.print(clean(line, 400), style="dim")
 
 
+class _Remaining(ProgressColumn):
+    """How many of how many, and the time left; nothing for work of unknown length."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        done = f"{task.completed:.0f}/{task.total:.0f}"
+        if task.time_remaining is None:
+            return Text(done, "green")
+        left = whole_seconds(task.time_remaining)
+        return Text.assemble((done, "green"), (f"  {left} left", "cyan"))
+
+
 def _bars(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        _Remaining(),
         TimeElapsedColumn(),
-        TextColumn("left", style="dim"),
-        TimeRemainingColumn(),
         console=console,
         transient=True,
     )

@@ -45,8 +45,13 @@ def seconds(value: float) -> str:
         return f"{value * 1000:.0f} ms"
     if value < 60:
         return f"{value:.1f} s"
+    return whole_seconds(value)
+
+
+def whole_seconds(value: float) -> str:
+    """Returns a duration without fractions of seconds: `9 s`, `4 min 10 s`."""
     minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def milliseconds(value: float | None) -> str:
