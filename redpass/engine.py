@@ -190,7 +190,10 @@ class Engine:
         return actions[count - 1], reasons[count]
 
     def note(self, pass_: Pass, action: Action, outcome: str, why: str) -> None:
-        """Records what became of an action."""
+        """Records what became of an action; one that is judged again keeps its last outcome."""
+        self.actions = [
+            old for old in self.actions if old.key != action.key or old.outcome == "applied"
+        ]
         number = self.applied if outcome == "applied" else 0
         self.actions.append(
             ActionRecord(

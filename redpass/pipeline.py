@@ -167,20 +167,25 @@ class _Run:
 
     def _one(self, pass_: Pass) -> None:
         if pass_.exactness is Exactness.APPROXIMATE:
-            search = Search(
-                self.engine,
-                self.budget,
-                self.before,
-                self._originals("screening"),
-                self._originals("choosing"),
-            )
-            search.run(pass_)
-            self.searches.append(search)
+            self._search(pass_)
         else:
             for _ in range(MOST_ROUNDS):
                 if not self.engine.run_exact(pass_):
                     break
         _show(pass_, self.engine)
+
+    def _search(self, pass_: Pass) -> None:
+        search = Search(
+            self.engine,
+            self.budget,
+            self.before,
+            self._originals("screening"),
+            self._originals("choosing"),
+        )
+        search.run(pass_)
+        self.searches.append(search)
+        if search.held:
+            self._search(pass_)
 
     def _verdict(self) -> tuple[str, str]:
         """Returns the verdict and, when the budget was missed, the miss in words."""

@@ -20,7 +20,7 @@ from redpass.budget.spec import CONFIDENCE, Budget, worst_case
 from redpass.engine import Check, Engine
 from redpass.errors import RedpassError
 from redpass.passes.spec import format_pass
-from redpass.plan import Action, Pass
+from redpass.plan import Action, Pass, Replace
 from redpass.program import Program
 from redpass.progress import track
 from redpass.record import CostRecord, QualityRecord
@@ -46,11 +46,16 @@ class Search:
     choosing: Originals
 
     def run(self, pass_: Pass) -> list[Action]:
-        """Plans, tries every candidate, adopts what was accepted and returns it."""
+        """Plans, tries every candidate, adopts what was accepted and returns it.
+
+        Targets in `held` were not tried because they do not compose with an accepted action of
+        the same plan; plan again on the new program to try them.
+        """
         started = time.perf_counter()
         plan = self.engine.plan(pass_)
         nodes = len(self.engine.program.graph.nodes)
         self.accepted: list[Action] = []
+        self.held: list[str] = []
         self.base = self.current = self.engine.program
         ranked = self._screen(pass_, plan.actions)
         stage = f"trying {len(ranked)} candidates of {pass_.name}"
@@ -116,6 +121,10 @@ class Search:
         settings = self.engine.settings
         if {action.key, pass_.name} & set(settings.skip):
             return "skipped by user", "named in REDPASS_SKIP"
+        rival = self._rival(action)
+        if rival:
+            self.held.append(action.target)
+            return "refused", f"for now: it shares a sum with {rival}, which was accepted before it"
         if settings.limit is not None and self.engine.applied >= settings.limit:
             return "beyond limit", f"REDPASS_LIMIT={settings.limit}"
         if self.accepted and self.budget.goals:
@@ -123,6 +132,17 @@ class Search:
             if self.budget.reached(self.before, now):
                 return "refused", "not needed: the cost goal was reached before it"
         return "", ""
+
+    def _rival(self, action: Action) -> str:
+        """The accepted action that replaces the same value, as parallel branches' do.
+
+        Two such actions planned on one graph do not compose: each leaves the other's operand.
+        """
+        mine = {edit.old for edit in action.edits if isinstance(edit, Replace)}
+        for other in self.accepted:
+            if mine & {edit.old for edit in other.edits if isinstance(edit, Replace)}:
+                return other.target
+        return ""
 
     def _try(self, pass_: Pass, action: Action) -> tuple[str, str]:
         trial = [*self.accepted, action]
