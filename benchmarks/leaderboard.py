@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -96,8 +97,7 @@ class Line:
 def prepare(name: str, rows: int, batch: int) -> Bench:
     """Loads a model of the test bed, traces it and completes its data."""
     model = testbed.load(name)
-    inputs = model.splits["calibration"].part(slice(2)).inputs
-    program = redpass.load(model.module, example=dict(inputs), inputs=SPECS.get(name, ()))
+    program = redpass.load(model.module, **_example(name, model))
     parts = {
         split: batches(program, model.splits[split].part(slice(rows)), batch)
         for split in ("calibration", "reporting")
@@ -105,6 +105,14 @@ def prepare(name: str, rows: int, batch: int) -> Bench:
     metrics = MODEL_METRICS.get(name, TEXT_METRICS)
     originals = Originals(program, parts["reporting"])
     return Bench(name, program, parts["calibration"], originals, metrics)
+
+
+def _example(name: str, model: testbed.TestbedModel) -> dict[str, Any]:
+    """What `load` needs to be told; the language models' configs say enough themselves."""
+    if name not in SPECS:
+        return {}
+    inputs = model.splits["calibration"].part(slice(2)).inputs
+    return {"example": dict(inputs), "inputs": SPECS[name]}
 
 
 def batches(program: Program, split: testbed.Split, size: int) -> Batches:

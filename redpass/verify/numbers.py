@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from redpass.errors import RedpassError
+from redpass.errors import VerifyError
 from redpass.plan import Exactness
 from redpass.program import Program
 from redpass.verify.differences import (
@@ -129,7 +129,7 @@ def compare(
         known = references[number] if references is not None else None
         try:
             findings += _findings(before, after, values, exactness, known)
-        except RedpassError:
+        except VerifyError:
             raise
         except Exception as error:
             return Verdict("failed", f"the result does not run on {_sizes(values)}: {error}")
@@ -141,8 +141,9 @@ def compare(
 def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> Verdict:
     """Checks the outputs of a file written from a program against the program's own.
 
-    The worst row is held to twice what `compare` allows: another runtime rounds at other places
-    in every kernel, and which of many rows is unlucky is not the program's doing.
+    Another runtime rounds at other places in every kernel, so what hangs on few numbers is luck:
+    the worst of many rows, and a result of under 256 numbers, may be off by twice what `compare`
+    allows, and rows of under 8 numbers are measured only together.
 
     Args:
         truth: the float64 run of the program, by port name.
@@ -156,7 +157,10 @@ def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> V
             findings.append(_Finding(port, "form", 1, 0, fault))
         else:
             for found in _rounding(port, truth[port], old[port], new[port]):
-                wider = 2 if found.measure == "row error" else 1
+                by_row = found.measure == "row error"
+                if by_row and (new[port].dim() == 0 or new[port].shape[-1] < 8):
+                    continue
+                wider = 2 if by_row or new[port].numel() < 256 else 1
                 findings.append(replace(found, allowed=wider * found.allowed))
     return _verdict(findings, where, Exactness.WITHIN_TOLERANCE)
 

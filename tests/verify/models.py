@@ -65,7 +65,7 @@ class Reordered(nn.Module):
         bias = None if self.wrong == "no bias" else net.down.bias
         x = nn.functional.linear(up, net.down.weight, bias) + x
         if self.wrong == "late mask":
-            attention_mask = torch.nn.functional.pad(attention_mask[:, 1:], (0, 1), value=1)
+            attention_mask = attention_mask.roll(1, 1)
         return x * attention_mask.unsqueeze(-1).to(x.dtype)
 
 

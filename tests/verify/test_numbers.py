@@ -217,3 +217,13 @@ def test_a_result_that_does_not_run_fails(masked: Program) -> None:
     found = verdict(masked, short)
     assert found.state == "failed"
     assert "the result does not run on input_ids[3, 5]" in found.reason
+
+
+def test_a_result_with_a_fixed_size_fails(masked: Program) -> None:
+    ids, mask = masked.signature.inputs
+    fixed = replace(
+        masked, signature=replace(masked.signature, inputs=(replace(ids, shape=(1, "seq")), mask))
+    )
+    found = verdict(masked, fixed)
+    assert found.state == "failed"
+    assert "does not run on input_ids[3, 5]" in found.reason
