@@ -142,13 +142,20 @@ def _explain(error: Exception, final: Path) -> None:
     """Raises `OutputError` in place of an error that comes from the disk."""
     number = getattr(error, "errno", None)
     words = [text for code, text in _TROUBLE.items() if _says(error, code)]
-    file = getattr(error, "filename", None) or final
+    file = _shown(getattr(error, "filename", None) or getattr(error, "file", None), final)
     hint = "free some space or choose another --out; nothing was changed"
     if words:
         raise OutputError(words[0], file=file, hint=hint) from error
-    if number is not None and f".{final.name}." in str(file):
+    if number is not None and f".{final.name}." in str(getattr(error, "filename", "")):
         text = f"cannot be written: {os.strerror(number)}"
         raise OutputError(text, file=file, hint="choose another --out") from error
+
+
+def _shown(file: object | None, final: Path) -> Path:
+    """The name a file would have had at the target, whatever it is called while hidden."""
+    _, hidden, rest = str(file).partition(f"/.{final.name}.partial-")
+    inside = rest.partition("/")[2]
+    return final / inside if hidden and inside and inside != final.name else final
 
 
 def _says(error: Exception, code: int) -> bool:

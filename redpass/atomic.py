@@ -10,9 +10,11 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from redpass.errors import OutputError
 
@@ -84,6 +86,54 @@ def write(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(number)
+
+
+@contextlib.contextmanager
+def steady(path: Path) -> Iterator[io.RawIOBase]:
+    """Yields a file for native writers that end the process when a write fails.
+
+    The first failure is kept and what follows is thrown away, so the writer comes to its end.
+
+    Raises:
+        OSError: at the end of the block, the failure that was kept, with the file named.
+    """
+    with open(path, "wb", buffering=0) as file:
+        steady_file = _Steady(file)
+        yield steady_file
+        if steady_file.failure is not None:
+            error = steady_file.failure
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class _Steady(io.RawIOBase):
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.place = file, 0
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True  # torch asks for it, but only rewinds when all is written
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if (offset, whence) != (0, os.SEEK_SET):
+            raise io.UnsupportedOperation("this file is written from its start to its end")
+        return 0
+
+    def tell(self) -> int:
+        return self.place
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        self.place += len(rest)
+        size = len(rest)
+        try:
+            while rest and self.failure is None:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            self.failure = error
+        return size
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from redpass import atomic
 from redpass.errors import ExportError
 from redpass.export.check import Report, check_outputs
 from redpass.program import Program, output_node
@@ -46,7 +47,8 @@ def to_pt2(program: Program, path: str | Path) -> Report:
             "the weights carry no data", file=path, hint="load the model without fake=True"
         )
     try:
-        torch.export.save(exported_program(program), path)
+        with atomic.steady(path) as file:  # torch ends the process when a write fails
+            torch.export.save(exported_program(program), file)  # type: ignore[arg-type]
         loaded: Any = torch.export.load(path).module()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]

@@ -129,6 +129,36 @@ def test_data_that_cannot_be_used(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
+def mount(folder: Path, *options: str) -> None:
+    command = ["mount", *options, str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root on Linux")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", range(152, 300, 16))
+def test_disk_that_fills_up(
+    run: Run, model: Path, data: Path, tmp_path: Path, kilobytes: int
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, "-t", "tmpfs", "-o", "size=2m", "tmpfs")
+    try:
+        out = disk / "out"
+        first = run("optimize", model, "--passes", "drop_noops", "--out", out, "--no-bench")
+        assert first.code == 0, first.err
+        mount(disk, "-o", f"remount,size={kilobytes}k")
+        found = run(*words(model, data, out), "--force")
+        assert found.code in (0, 8), found.err
+        verify_artifact(out)
+        passes = json.loads((out / "plan.json").read_text())["passes"]
+        assert ("drop_branches" in str(passes)) == (found.code == 0)
+        assert found.code == 0 or "the disk is full" in found.err
+        assert [path.name for path in disk.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_at_random_moments(model: Path, data: Path, tmp_path: Path, number: int) -> None:
