@@ -16,9 +16,10 @@ from redpass.budget.accounting import cost_record, usual_sizes
 from redpass.budget.search import Search, measure
 from redpass.budget.spec import Budget, parse_budget, worst_case
 from redpass.config import Settings
-from redpass.data import Splits
+from redpass.data import Batches, Splits
 from redpass.engine import Engine
 from redpass.errors import BudgetError, DataError
+from redpass.facts import Facts
 from redpass.passes import default_pipeline
 from redpass.passes.spec import format_pass, parse_passes
 from redpass.plan import Exactness, Pass
@@ -39,8 +40,8 @@ from redpass.verify.originals import Originals
 MOST_ROUNDS = 4
 """How often an exact pass is run again while it still finds something."""
 
-SCREENED = 8
-"""How many calibration batches rank the candidates of an approximate pass."""
+FEW = 8
+"""How many batches tell hopeless candidates of an approximate pass from the others."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,13 @@ class _Run:
     sizes: dict[str, int] = None  # type: ignore[assignment]  # set right after construction
     seed: int = 0
     command: str = ""
-    _known: dict[str, Originals] = field(default_factory=dict)
+    _known: dict[tuple[str, int | None], Originals] = field(default_factory=dict)
 
     def go(self, passes: Sequence[Pass]) -> Result:
         started = time.perf_counter()
-        calibration = self.data.calibration if self.data else None
-        self.engine = Engine(self.original, self.settings, self.listener, self.seed, calibration)
+        self.engine = Engine(
+            self.original, self.settings, self.listener, self.seed, self._calibration()
+        )
         self.before = cost_record(self.original, self.sizes)
         self.quality: list[QualityRecord] = []
         self.searches: list[Search] = []
@@ -143,13 +145,13 @@ class _Run:
             raise error
         return Result(self.engine.program, record)
 
-    def _originals(self, split: str) -> Originals:
-        """What the original says about a split, computed once."""
-        if split not in self._known:
-            data = getattr(self.data, "calibration" if split == "screening" else split)
-            part = data[:SCREENED] if split == "screening" else data
-            self._known[split] = Originals(self.original, part)
-        return self._known[split]
+    def _originals(self, split: str, most: int | None = None) -> Originals:
+        """What the original says about a split, or its first `most` batches; computed once."""
+        key = (split, most)
+        if key not in self._known:
+            part: Batches = getattr(self.data, split)
+            self._known[key] = Originals(self.original, part[:most] if most else part)
+        return self._known[key]
 
     def _check_possible(self) -> None:
         """Raises before any search when the data are too few or the untouched model misses."""
@@ -179,7 +181,8 @@ class _Run:
             self.engine,
             self.budget,
             self.before,
-            self._originals("screening"),
+            self._originals("calibration", FEW),
+            self._originals("choosing", FEW),
             self._originals("choosing"),
         )
         search.run(pass_)
@@ -218,7 +221,8 @@ class _Run:
 
     def _record(self, verdict: str, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin
-        measured = measured_similarity(self.original, self.data)
+        base = self.searches[0].facts if self.searches else None
+        measured = measured_similarity(base or Facts(self.original, self._calibration()))
         dropped = {a.target for search in self.searches for a in search.accepted}
         return RunRecord(
             version=redpass.__version__,
@@ -245,6 +249,9 @@ class _Run:
             machine=machine(),
             seconds=seconds,
         )
+
+    def _calibration(self) -> Batches | None:
+        return self.data.calibration if self.data else None
 
     def _data_digest(self) -> str:
         return self.data.calibration.digest() if self.data else ""

@@ -9,17 +9,14 @@ import torch
 
 from redpass.analysis import cost, structure
 from redpass.analysis.similarity import Similarity, similarity
-from redpass.data import Splits
 from redpass.facts import Facts
 from redpass.program import Program
 from redpass.record import BranchRecord, Matrix
 
 
-def measured_similarity(program: Program, data: Splits | None) -> Similarity | None:
+def measured_similarity(facts: Facts) -> Similarity | None:
     """Returns branch and layer similarity on the calibration data, None without data."""
-    if data is None:
-        return None
-    return Facts(program, data.calibration).get(similarity)
+    return None if facts.calibration is None else facts.get(similarity)
 
 
 def branch_records(

@@ -113,11 +113,8 @@ class _Sums:
         rows = [torch.nn.functional.normalize(_rows(values[name]), dim=-1) for name in self.stream]
         if not rows or any(row.shape != rows[0].shape for row in rows):
             return  # a stream that changes its width has no cosines between stages
-        for i, left in enumerate(rows):
-            for j in range(i, len(rows)):
-                cosine = float(((left * rows[j]).sum(-1) * weights).sum())
-                self.pairs[i, j] += cosine
-                self.pairs[j, i] = self.pairs[i, j]
+        stages = torch.stack([row * weights.sqrt()[:, None] for row in rows]).flatten(1)
+        self.pairs += stages @ stages.T
 
     def result(self) -> Similarity:
         count = max(self.tokens, 1.0)

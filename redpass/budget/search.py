@@ -28,6 +28,10 @@ from redpass.verify.estimate import Estimate
 from redpass.verify.metrics import evaluate_all, find_metric
 from redpass.verify.originals import Originals
 
+HOPELESS = 3.0
+"""A candidate that misses a limit by this many standard errors on a few batches is not measured
+on the rest."""
+
 
 @dataclass
 class Search:
@@ -36,13 +40,15 @@ class Search:
     Args:
         before: what the original costs; goals are relative to it.
         screening: the original's outputs on a few calibration batches.
-        choosing: the original's outputs on the data that decide.
+        first: its outputs on a few choosing batches, where hopeless candidates stop.
+        choosing: its outputs on all the data that decide.
     """
 
     engine: Engine
     budget: Budget
     before: CostRecord
     screening: Originals
+    first: Originals
     choosing: Originals
 
     def run(self, pass_: Pass) -> list[Action]:
@@ -52,7 +58,7 @@ class Search:
         the same plan; plan again on the new program to try them.
         """
         started = time.perf_counter()
-        plan = self.engine.plan(pass_)
+        plan, self.facts = self.engine.plan(pass_), self.engine.facts
         nodes = len(self.engine.program.graph.nodes)
         self.accepted: list[Action] = []
         self.held: list[str] = []
@@ -146,6 +152,10 @@ class Search:
 
     def _try(self, pass_: Pass, action: Action) -> tuple[str, str]:
         trial = [*self.accepted, action]
+        first, why = self._measure(pass_, trial, self.first, "choosing")
+        hopeless = worst_case(first, self.budget, -HOPELESS) if first else why
+        if hopeless:
+            return ("refused" if first else "rolled back"), f"on the first batches: {hopeless}"
         quality, why = self._measure(pass_, trial, self.choosing, "choosing")
         if not quality:
             return "rolled back", why

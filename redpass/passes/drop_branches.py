@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
 from redpass.analysis.similarity import similarity
@@ -41,7 +41,7 @@ class DropBranches:
     """
 
     name: ClassVar[str] = "drop_branches"
-    needs = (structure, cost, similarity)
+    needs: ClassVar[tuple[Any, ...]] = (structure, cost, similarity)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     kinds: tuple[str, ...] = ("attention", "feed-forward", "experts")
