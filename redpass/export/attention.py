@@ -99,12 +99,13 @@ def _before_split(e: Emitter, value: ir.Value, shape: Shape) -> ir.Value | None:
 
 def _many_operators(e: Emitter, items: tuple[Any, ...], mask: _Mask, scale: float) -> ir.Value:
     query, key, value = items
-    if shape_of(query)[1] != shape_of(key)[1] or mask.causal:
+    if shape_of(query)[1] != shape_of(key)[1] or mask.causal or shape_of(query)[3] == 1:
         raise UntranslatedError("grouped or causal attention outside float32")
     dtype = type_of(query)
     turned = e.transpose(e.value(key), [0, 1, 3, 2])
-    scores = e.call("MatMul", e.value(query), turned)
-    scores = e.call("Mul", scores, e.constant(scale, dtype))
+    # A scale of one element would become a float32 attribute of ONNX Runtime's fused product.
+    scaled = e.call("Mul", e.value(query), e.constant([scale] * int(shape_of(query)[3]), dtype))
+    scores = e.call("MatMul", scaled, turned)
     if mask.bias is not None:
         scores = e.call("Add", scores, mask.bias)
     found = e.call("MatMul", e.call("Softmax", scores, axis=-1), e.value(value))
@@ -199,19 +200,25 @@ _KINDS = {"view": "reshape", "_unsafe_view": "reshape"}
 
 
 def _chain(node: fx.Node) -> list[tuple[str, fx.Node]]:
-    """Returns the reshape, expand and unsqueeze that made `node`, copies left out."""
+    """Returns the reshape, expand and unsqueeze that made `node`, less what changes nothing."""
     found: list[tuple[str, fx.Node]] = []
-    while ops.is_call(
-        node, "reshape", "view", "_unsafe_view", "expand", "unsqueeze", "clone", "contiguous"
-    ):
-        name = ops.base_name(node)
-        if name not in ("clone", "contiguous"):
-            found.append((_KINDS.get(name, name), node))
+    while ops.is_call(node, *_STEPS) and len(found) < 3:
         source = node.args[0]
-        if len(found) == 3 or not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node):
+            break
+        name = ops.base_name(node)
+        moves = name in ("expand", "unsqueeze", "reshape", "view", "_unsafe_view")
+        if moves and shape_of(node) != shape_of(source):
+            found.append((_KINDS.get(name, name), node))
+        elif not moves and shape_of(node) != shape_of(source):
             break
         node = source
     return found
+
+
+_STEPS = (
+    "reshape", "view", "_unsafe_view", "expand", "unsqueeze", "clone", "contiguous", "slice",
+)  # fmt: skip
 
 
 TABLE = {"scaled_dot_product_attention": attention}

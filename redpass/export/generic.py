@@ -46,7 +46,6 @@ def translate_generic(program: Program, opset: int, reason: str) -> ir.Model:
             f"no ONNX form: {reason}; torch.onnx.export: {first}",
             hint="write a .pt2, which holds every op",
         ) from error
-    _name_sizes(program, model)
     common.InlinePass()(model)
     return model
 
@@ -62,9 +61,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _name_sizes(program: Program, model: ir.Model) -> None:
-    ports = (*program.signature.inputs, *program.signature.outputs)
-    for port, value in zip(ports, (*model.graph.inputs, *model.graph.outputs), strict=True):
-        value.shape = ir.Shape(port.shape)

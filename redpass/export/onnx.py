@@ -74,7 +74,7 @@ def build(program: Program, opset: int = OPSET) -> ir.Model:
         model = translate(program, opset)
     except UntranslatedError as reason:
         model = translate_generic(program, opset, str(reason))
-    tidy(model)
+    tidy(model, program)
     _check_ports(program, model)
     return model
 

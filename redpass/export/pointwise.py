@@ -198,14 +198,11 @@ def masked_fill(e: Emitter, node: fx.Node) -> ir.Value:
 
 def clamp(e: Emitter, node: fx.Node) -> ir.Value:
     """Bounds below and above; either may be absent."""
-    value, dtype = operand(e, node.args[0], type_of(node)), type_of(node)
-    names: tuple[str, ...] = ("min", "max")
-    if ops.base_name(node) in ("clamp_min", "clamp_max"):
-        names = (ops.base_name(node).removeprefix("clamp_"),)
-    for name in names:
-        bound = ops.argument(node, name)
-        if bound is not None:
-            value = e.call(name.capitalize(), value, operand(e, bound, dtype))
+    value, dtype, name = operand(e, node.args[0], type_of(node)), type_of(node), ops.base_name(node)
+    for bound, op in (("min", "Max"), ("max", "Min")):
+        limit = ops.argument(node, bound) if name in ("clamp", f"clamp_{bound}") else None
+        if limit is not None:
+            value = e.call(op, value, operand(e, limit, dtype))
     return value
 
 

@@ -1,7 +1,8 @@
 """`.pt2`: an `ExportedProgram` put together from the graph as it is, without tracing again.
 
-Inputs are keyword arguments under their public names, dots included, and the result is a dict
-of outputs by name: `torch.export.load(path).module()(**inputs)["logits"]`.
+It takes one dict of inputs by public name and returns one of outputs, because names such as
+`past_key_values.0.key` are no Python identifiers:
+`torch.export.load(path).module()({"input_ids": ids, ...})["logits"]`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def to_pt2(program: Program, path: str | Path) -> Report:
 
     def run(values: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
-            return dict(loaded(**values))
+            return dict(loaded(values))
 
     return check_outputs(program, run, path)
 
@@ -80,7 +81,7 @@ def exported_program(program: Program) -> ExportedProgram:
         {name: program.weights[name] for name in weights.values()},
         _ranges(program, inputs),
         [_call_entry(program, specs[len(weights) :], results)],
-        ((), random_inputs(program, _example_sizes(program))),
+        ((random_inputs(program, _example_sizes(program)),), {}),
     )
 
 
@@ -114,9 +115,7 @@ def _ranges(program: Program, inputs: list[fx.Node]) -> dict[sympy.Symbol, Value
     }
     found = {}
     for symbol in sorted(symbols, key=str):
-        name = str(symbol)
-        low, high = program.signature.dims.get(name.removeprefix("n_"), (0, None))
-        low, high = program.signature.dims.get(name, (low, high))
+        low, high = program.signature.dims.get(str(symbol), (0, None))
         found[symbol] = ValueRanges(low, int_oo if high is None else high)
     return found
 
@@ -137,8 +136,8 @@ def _call_entry(
         ModuleCallSignature(
             [spec.arg for spec in inputs],
             [spec.arg for spec in outputs],
-            pytree.tree_structure(((), dict.fromkeys(names, 0))),
+            pytree.tree_structure(((dict.fromkeys(names, 0),), {})),
             pytree.tree_structure(dict.fromkeys(results, 0)),
-            names,
+            ["inputs"],
         ),
     )

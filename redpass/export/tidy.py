@@ -5,12 +5,18 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from redpass.export.sizes import type_of
+from redpass.program import Program
+
 LIMIT = 1024
 """Constants above this many bytes are not compared: weights are told apart by name already."""
 
 
-def tidy(model: ir.Model) -> None:
-    """Changes `model` in place; what it computes stays the same to the bit or by one rounding."""
+def tidy(model: ir.Model, program: Program) -> None:
+    """Changes `model` in place; what it computes stays the same to the bit or by one rounding.
+
+    Afterwards inputs and outputs have the names, element types and sizes of the program's ports.
+    """
     keep_norms_apart(model.graph)
     for step in (
         common.IdentityEliminationPass(),
@@ -18,9 +24,17 @@ def tidy(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         common.ClearMetadataAndDocStringPass(),
-        common.NameFixPass(),
+        common.OutputFixPass(),
     ):
         step(model)
+    for value in [value for node in model.graph for value in node.outputs]:
+        # The sizes of inner values follow from those of the inputs.
+        value.shape = value.type = None
+    ports = (*program.signature.inputs, *program.signature.outputs)
+    for port, value in zip(ports, (*model.graph.inputs, *model.graph.outputs), strict=True):
+        value.name, value.shape = port.name, ir.Shape(port.shape)
+        value.type = ir.TensorType(type_of(port.dtype))
+    common.NameFixPass()(model)
 
 
 def keep_norms_apart(graph: ir.Graph) -> None:

@@ -43,8 +43,8 @@ def translate(program: Program, opset: int) -> ir.Model:
     for node in program.graph.nodes:
         if node.op == "call_function" and not ops.is_size(node) and _is_computation(node):
             emitter.values[node] = _one(emitter, node)
-    for port, node in zip(program.signature.outputs, program.outputs, strict=True):
-        _output(emitter, port, node)
+    for node in program.outputs:
+        _output(emitter, node)
     return ir.Model(emitter.graph, ir_version=IR_VERSION, producer_name="redpass")
 
 
@@ -77,12 +77,8 @@ def _input(emitter: Emitter, port: Port, node: fx.Node) -> None:
             emitter.sources.setdefault(size, (value, axis))
 
 
-def _output(emitter: Emitter, port: Port, node: fx.Node) -> None:
-    value = emitter.value(node) if not ops.is_size(node) else emitter.scalar(node, _INT64)
-    if value.producer() is None or value in emitter.graph.outputs:
-        value = emitter.call("Identity", value)
-    value.name = port.name
-    value.type, value.shape = ir.TensorType(type_of(port.dtype)), ir.Shape(port.shape)
+def _output(emitter: Emitter, node: fx.Node) -> None:
+    value = emitter.scalar(node, _INT64) if ops.is_size(node) else emitter.value(node)
     emitter.graph.outputs.append(value)
 
 
