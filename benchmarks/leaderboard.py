@@ -270,7 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cost", default="parameters", choices=COSTS)
     parser.add_argument("--shares", default="0.1,0.2,0.3", help="shares of the cost to save")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=64, help="rows of each split")
+    parser.add_argument("--rows", type=int, default=32, help="rows of each split")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
