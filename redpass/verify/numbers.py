@@ -46,9 +46,7 @@ from redpass.verify.differences import (
 )
 from redpass.verify.reference import reference
 
-STATES = ("proved", "checked", "failed", "not checked")
 SLACK = 1e4
-
 Outputs = Mapping[str, Tensor]
 
 
@@ -187,7 +185,7 @@ def _findings(
     truth = _named(before, reference(before, values) if known is None else known)
     for port in new:
         yield from _rounding(port, truth[port], old[port], new[port])
-    wide, folded = _named(after, reference(after, values)), bool(_new_weights(before, after))
+    wide, folded = _named(after, reference(after, values)), _has_new_weights(before, after)
     for port in new:
         yield from _meaning(port, truth[port], old[port], wide[port], folded)
 
@@ -205,14 +203,15 @@ def _named(program: Program, values: Sequence[Tensor]) -> Outputs:
 def _is_same(before: Program, after: Program) -> bool:
     if before is after:
         return True
-    same = before.digest == after.digest and before.weights.keys() == after.weights.keys()
-    return same and not _new_weights(before, after)
+    if before.digest != after.digest or before.weights.keys() != after.weights.keys():
+        return False
+    return all(after.weights[name] is tensor for name, tensor in before.weights.items())
 
 
-def _new_weights(before: Program, after: Program) -> list[str]:
-    """Names of the weights of `after` that `before` does not hold, as objects."""
+def _has_new_weights(before: Program, after: Program) -> bool:
+    """Whether `after` reads a tensor that is none of those `before` reads."""
     known = {id(tensor) for tensor in before.weights.values()}
-    return [name for name, tensor in after.weights.items() if id(tensor) not in known]
+    return any(id(tensor) not in known for tensor in after.weights.values())
 
 
 def _missing_ports(before: Program, after: Program) -> str:
@@ -298,4 +297,4 @@ def _sizes(values: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name}{list(value.shape)}" for name, value in list(values.items())[:3])
 
 
-__all__ = ["STATES", "Verdict", "compare", "compare_outputs", "reference"]
+__all__ = ["Verdict", "compare", "compare_outputs", "reference"]

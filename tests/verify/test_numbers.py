@@ -30,6 +30,14 @@ def test_the_same_program_is_proved_without_running(masked: Program) -> None:
     assert (found.state, found.passed) == ("proved", True)
 
 
+def test_weights_that_changed_places_are_not_the_same(masked: Program) -> None:
+    left, right = masked.weights["left.weight"], masked.weights["right.weight"]
+    swapped = with_weights(masked, **{"left.weight": right, "right.weight": left})
+    assert swapped.digest == masked.digest
+    for exactness in (SAME, CLOSE):
+        assert verdict(masked, swapped, exactness).state == "failed"
+
+
 def test_merged_linears_pass_in_every_dtype(narrow_module: Masked, narrow: Program) -> None:
     merged = adopting(text(Merged(copy.deepcopy(narrow_module))), narrow)
     found = verdict(narrow, merged)
