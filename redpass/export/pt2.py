@@ -2,7 +2,8 @@
 
 It takes one dict of inputs by public name and returns one of outputs, because names such as
 `past_key_values.0.key` are no Python identifiers:
-`torch.export.load(path).module()({"input_ids": ids, ...})["logits"]`.
+`torch.export.load(path).module()({"input_ids": ids, ...})["logits"]`. The dict's order is that of
+the signature: PyTorch checks sizes by position.
 """
 
 from __future__ import annotations

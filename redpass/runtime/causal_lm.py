@@ -204,7 +204,12 @@ def _from_pt2(path: Path) -> _Backend:
         ports[name] = (value.dtype, shape)
     module = exported.module()
     outputs = tuple(map(str, spec.out_spec.context))
-    return _Backend(module, ports, _pairs(ports, outputs))
+
+    def call(values: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = module({name: values[name] for name in names})
+        return found
+
+    return _Backend(call, ports, _pairs(ports, outputs))
 
 
 def _pairs(inputs: Mapping[str, Any], outputs: Sequence[str]) -> tuple[tuple[str, str], ...]:
