@@ -9,7 +9,7 @@ The rule, for each output port of each set of inputs, with `ref` the float64 run
 *Why twice.* A result that went through k roundings of relative size u = eps / 2 is off by about
 u * sqrt(k), times what later operations make of it; `before` measures that product. A rewrite that
 reorders arithmetic may add as many roundings as there were (weights folded and rounded again), so
-u * sqrt(2 k): below twice. Twice is also what the tests of attention kernels have settled on.
+u * sqrt(2 k): below twice.
 
 *Why a floor, and why 4 eps.* `before` can be right by luck: one correctly rounded operation on
 exact inputs, or none at all, has an error of 0 to u, and twice nothing is nothing. What a rewrite
@@ -23,8 +23,7 @@ that is at most what became of the roundings of `before`, so 2 * error(before) +
 reads no weight that `before` does not, nothing was folded, and the two must agree almost to
 float64's own rounding: (2 * error(before) + floor) shrunk by the ratio of the two eps, with
 `SLACK` for programs whose sums run wider than their dtype. That tells a dropped bias from noise in
-bfloat16, where the rule above could not. A folded weight that is wrong by a few eps of its dtype
-cannot be told from one that was rounded.
+bfloat16. A folded weight wrong by a few eps of its dtype cannot be told from a rounded one.
 """
 
 from __future__ import annotations
@@ -271,6 +270,8 @@ def _meaning(
 
 
 def _verdict(findings: list[_Finding], where: str, exactness: Exactness) -> Verdict:
+    if not findings:
+        return Verdict("not checked", f"not checked: no output holds a number, {where}")
     worst: dict[str, float] = {}
     errors: dict[str, float] = {}
     for finding in findings:

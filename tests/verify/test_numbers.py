@@ -235,3 +235,10 @@ def test_a_result_with_a_fixed_size_fails(masked: Program) -> None:
     found = verdict(masked, fixed)
     assert found.state == "failed"
     assert "does not run on input_ids[3, 5]" in found.reason
+
+
+def test_empty_outputs_are_not_checked() -> None:
+    empty, other = constant(1.0, size=0), constant(1.0, size=0)
+    found = compare(empty, other, [ONE], exactness=CLOSE)
+    assert (found.state, found.passed) == ("not checked", False)
+    assert "no output holds a number" in found.reason
