@@ -12,6 +12,13 @@ SMALL_ROW = 2.0**-10
 cancels to nothing has no relative error worth the name."""
 
 
+def shape_fault(old: Tensor, new: Tensor) -> str:
+    """Says how the dtype or shape of `new` differs, or returns "" when they are the same."""
+    if (old.dtype, old.shape) == (new.dtype, new.shape):
+        return ""
+    return f"is {new.dtype} {list(new.shape)}, was {old.dtype} {list(old.shape)}"
+
+
 def differing_bits(old: Tensor, new: Tensor) -> int:
     """Counts elements whose bits differ: 0.0 and -0.0 do, two NaN do not."""
     same = old == new

@@ -42,6 +42,7 @@ from redpass.verify.differences import (
     lost_finite,
     misplaced_nonfinite,
     relative_errors,
+    shape_fault,
 )
 from redpass.verify.reference import reference
 
@@ -150,7 +151,7 @@ def compare_outputs(truth: Outputs, old: Outputs, new: Outputs, where: str) -> V
     """
     findings: list[_Finding] = []
     for port in new:
-        if fault := _shape_fault(old[port], new[port]):
+        if fault := shape_fault(old[port], new[port]):
             findings.append(_Finding(port, "form", 1, 0, fault))
         else:
             for found in _rounding(port, truth[port], old[port], new[port]):
@@ -171,7 +172,7 @@ def _findings(
 ) -> Iterator[_Finding]:
     old, new = _run(before, values), _run(after, values)
     for port in new:
-        fault = _shape_fault(old[port], new[port])
+        fault = shape_fault(old[port], new[port])
         if fault:
             yield _Finding(port, "form", 1, 0, fault)
             return
@@ -223,12 +224,6 @@ def _missing_ports(before: Program, after: Program) -> str:
         if old - new - dropped:
             return f"{side} are gone that carry no state: {', '.join(sorted(old - new - dropped))}"
     return ""
-
-
-def _shape_fault(old: Tensor, new: Tensor) -> str:
-    if (old.dtype, old.shape) == (new.dtype, new.shape):
-        return ""
-    return f"is {new.dtype} {list(new.shape)}, was {old.dtype} {list(old.shape)}"
 
 
 def _bits(port: str, old: Tensor, new: Tensor) -> _Finding:
