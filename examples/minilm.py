@@ -14,7 +14,7 @@ OUT = ROOT / "out" / "minilm"
 sys.path.insert(0, str(ROOT))
 
 
-def main(out: Path = OUT, budget: str = "cosine>=0.97") -> None:
+def main(out: Path = OUT, budget: str = "cosine>=0.9") -> None:
     from testbed import minilm
 
     model = minilm.folder()
@@ -30,7 +30,8 @@ def main(out: Path = OUT, budget: str = "cosine>=0.97") -> None:
 def optimize(model: Path, data: Path, budget: str, out: Path) -> None:
     from redpass.cli import main as redpass
 
-    arguments = ["optimize", model, "--data", data, "--budget", budget, "--out", out, "--force"]
+    arguments = ["optimize", model, "--data", data, "--budget", budget, "--out", out]
+    arguments += ["--rows", 512, "--length", 48, "--force"]
     print("redpass", *arguments, flush=True)
     code = redpass(list(map(str, arguments)))
     if code:

@@ -213,7 +213,8 @@ class Couplings:
 
     def _cat(self, node: fx.Node) -> Any:
         shape = self._sizes(node)
-        parts = [self.axes[p] for p in node.args[0]]  # type: ignore[union-attr, index]
+        # `cat` skips an empty one-dimensional operand whatever the others' rank (an empty cache).
+        parts = [self.axes[p] for p in node.args[0] if len(self.axes[p]) == len(shape)]  # type: ignore[union-attr, index]
         dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
         dim %= len(shape)
         for part in parts[1:]:

@@ -21,6 +21,7 @@ from redpass.data import Batch, Batches
 from redpass.errors import DataError
 from redpass.facts import Facts
 from redpass.program import Program, interpret
+from redpass.verify.inputs import complete
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def measure(program: Program, found: Structure, data: Batches) -> Similarity:
                 seen[node.name] = value
             return value
 
+        values_by_name = complete(program, batch)
         names = [port.name for port in program.signature.inputs]
-        interpret(program, [batch[name] for name in names], watch)
+        interpret(program, [values_by_name[name] for name in names], watch)
         sums.add(values, batch)
     return sums.result()
 

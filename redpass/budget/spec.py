@@ -18,8 +18,10 @@ from redpass.record import CostRecord, QualityRecord
 from redpass.verify.metrics import METRICS, find_metric
 
 COSTS = ("parameters", "flops", "bytes", "kv_bytes_per_token")
-CONFIDENCE = 1.645
-"""One-sided 95% quantile of the normal distribution: the margin a choice must keep."""
+CONFIDENCE = 1.645 * math.sqrt(2)
+"""The margin a choice must keep, in standard errors: the one-sided 95% quantile of the normal
+distribution, for the difference of two samples, as the reporting data err as much as the choosing
+data do."""
 
 _BOUND = re.compile(r"^\s*([\w.:]+)\s*(<=|>=)\s*([+-]?)(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)(%?)\s*$")
 
