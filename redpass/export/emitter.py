@@ -104,6 +104,14 @@ class Emitter:
         key = f"{name}.T" if transposed else name
         return self.once(("weight", key), lambda: self.initializer(key, _lazy(tensor, transposed)))
 
+    def slice_of_weight(
+        self, node: fx.Node, axis: int, start: int, end: int, transposed: bool = False
+    ) -> ir.Value:
+        """Returns the initializer of `start:end` of one axis of a weight, or its transpose."""
+        tensor = self.program.weights[str(node.target)].narrow(axis, start, end - start)
+        key = f"{node.target}[{start}:{end}]" + ".T" * transposed
+        return self.once(("weight", key), lambda: self.initializer(key, _lazy(tensor, transposed)))
+
     def is_only_transposed(self, node: fx.Node) -> bool:
         """Whether a weight is read as the second operand of linear layers alone."""
         return node.op == "get_attr" and all(

@@ -1,8 +1,9 @@
-"""ONNX forms of operations that move elements, pick them, or make tensors from sizes."""
+"""ONNX forms of operations that move elements, or make tensors from sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import onnx_ir as ir
@@ -10,8 +11,9 @@ from torch import fx
 
 from redpass import ops
 from redpass.export.emitter import Emitter
+from redpass.export.parts import part
 from redpass.export.pointwise import operand
-from redpass.export.sizes import Shape, Size, UntranslatedError, axis_of, shape_of, size_of, type_of
+from redpass.export.sizes import Size, UntranslatedError, axis_of, shape_of, size_of, type_of
 
 END = 2**31
 """At and above this an end of a slice means the end of the axis."""
@@ -55,6 +57,8 @@ def cut(e: Emitter, node: fx.Node) -> ir.Value:
     start, end = start or 0, END if end is None else end
     if isinstance(end, int) and end >= END:
         end = shape[axis] if isinstance(shape[axis], int) else END
+    if axis == len(shape) - 1 and step == 1 and (found := part(e, node.args[0], start, end)):
+        return found
     return e.slice(e.value(node.args[0]), axis, start, end, int(step))
 
 
@@ -66,7 +70,7 @@ def select(e: Emitter, node: fx.Node) -> ir.Value:
 
 def concatenate(e: Emitter, node: fx.Node) -> ir.Value:
     """`cat`."""
-    parts = [operand(e, part, type_of(node)) for part in ops.argument(node, "tensors")]
+    parts = [operand(e, item, type_of(node)) for item in ops.argument(node, "tensors")]
     if len(parts) == 1:
         return parts[0]
     return e.call("Concat", *parts, axis=axis_of(node))
@@ -75,7 +79,7 @@ def concatenate(e: Emitter, node: fx.Node) -> ir.Value:
 def stack(e: Emitter, node: fx.Node) -> ir.Value:
     """`stack`."""
     axis = int(ops.argument(node, "dim")) % len(shape_of(node))
-    parts = [operand(e, part, type_of(node)) for part in ops.argument(node, "tensors")]
+    parts = [operand(e, item, type_of(node)) for item in ops.argument(node, "tensors")]
     shape = shape_of(node)
     thin = (*shape[:axis], 1, *shape[axis + 1 :])
     return e.call("Concat", *(e.reshape(part, thin) for part in parts), axis=axis)
@@ -84,9 +88,19 @@ def stack(e: Emitter, node: fx.Node) -> ir.Value:
 def divide_up(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
     """`split`, `split_with_sizes` and `chunk`."""
     axis = axis_of(node)
-    widths = [size_of(part.shape[axis]) for part in node.meta["val"]]
+    widths = [size_of(value.shape[axis]) for value in node.meta["val"]]
+    if apart := _apart(e, node, axis, widths):
+        return apart
     parts = e.calls("Split", len(widths), e.value(node.args[0]), e.sizes(widths), axis=axis)
     return tuple(parts)
+
+
+def _apart(e: Emitter, node: fx.Node, axis: int, widths: list[Size]) -> tuple[ir.Value, ...]:
+    if axis != len(shape_of(node.args[0])) - 1 or not all(isinstance(w, int) for w in widths):
+        return ()
+    ends = list(accumulate(widths, initial=0))
+    found = [part(e, node.args[0], start, end) for start, end in pairwise(ends)]
+    return tuple(value for value in found if value is not None)
 
 
 def unbind(e: Emitter, node: fx.Node) -> tuple[ir.Value, ...]:
@@ -162,79 +176,6 @@ def pad(e: Emitter, node: fx.Node) -> ir.Value:
     return e.call("Pad", e.value(node.args[0]), e.sizes([*before, *after]), value)
 
 
-def embedding(e: Emitter, node: fx.Node) -> ir.Value:
-    """Rows of a table."""
-    return e.call("Gather", e.value(node.args[0]), e.value(node.args[1]), axis=0)
-
-
-def gather(e: Emitter, node: fx.Node) -> ir.Value:
-    """Elements along one axis; torch's index may be smaller than its source elsewhere."""
-    source, index = node.args[0], ops.argument(node, "index")
-    value, axis = e.value(source), axis_of(node)
-    for other, (have, want) in enumerate(zip(shape_of(source), shape_of(index), strict=True)):
-        if other != axis and have != want:
-            value = e.slice(value, other, 0, want)
-    return e.call("GatherElements", value, e.value(index), axis=axis)
-
-
-def index_select(e: Emitter, node: fx.Node) -> ir.Value:
-    """Slices along one axis by a list of places."""
-    index = e.value(ops.argument(node, "index"))
-    return e.call("Gather", e.value(node.args[0]), index, axis=axis_of(node))
-
-
-def index(e: Emitter, node: fx.Node) -> ir.Value:
-    """Indexing by integer tensors: a view where the tensors count, else a gather."""
-    source, places = node.args[0], list(ops.argument(node, "indices"))
-    given = [axis for axis, place in enumerate(places) if place is not None]
-    if any(type_of(places[axis]) == ir.DataType.BOOL for axis in given):
-        raise UntranslatedError("indexing by a boolean mask: the size depends on the data")
-    shape = shape_of(source)
-    axes = [_counted_axis(places[axis], shape[axis]) for axis in given]
-    ranks = {len(shape_of(places[axis])) for axis in given}
-    in_order = None not in axes and sorted({axis for axis in axes if axis is not None}) == axes
-    if given == list(range(len(shape))) and in_order and len(ranks) == 1:
-        return e.reshape(e.value(source), shape_of(node))
-    if len(given) == 1:
-        place = operand(e, places[given[0]], ir.DataType.INT64)
-        return e.call("Gather", e.value(source), place, axis=given[0])
-    if given != list(range(len(given))):
-        raise UntranslatedError("indexing by tensors on some later axes")
-    return _gather_by_all(e, node, [places[axis] for axis in given])
-
-
-def _gather_by_all(e: Emitter, node: fx.Node, places: list[fx.Node]) -> ir.Value:
-    rest = len(shape_of(node.args[0])) - len(places)
-    shape = shape_of(node)
-    wide = shape[: len(shape) - rest]
-    parts = []
-    for place in places:
-        value = e.expand(operand(e, place, ir.DataType.INT64), wide)
-        parts.append(e.reshape(value, (*wide, 1)))
-    return e.call("GatherND", e.value(node.args[0]), e.call("Concat", *parts, axis=-1))
-
-
-def _counted_axis(place: fx.Node, size: Size) -> int | None:
-    """Returns the one long axis of an index that counts 0, 1, ... up to `size`, else None."""
-    found, shape = place, shape_of(place)
-    while ops.is_call(found, "unsqueeze", "view", "reshape", "slice", "add", "to", "contiguous"):
-        if ops.is_call(found, "add") and found.args[1] != 0:
-            return None
-        before = found.args[0]
-        if not isinstance(before, fx.Node) or _long(shape_of(before)) != _long(shape):
-            return None
-        found = before
-    starts = [size_of(found.args[0])] if ops.is_call(found, "arange") else [None]
-    if starts != [size] or len(found.args) != 1:
-        return None
-    axes = [axis for axis, length in enumerate(shape) if length == size]
-    return axes[0] if len(axes) == 1 else None
-
-
-def _long(shape: Shape) -> list[Size]:
-    return [size for size in shape if size != 1]
-
-
 def arange(e: Emitter, node: fx.Node) -> ir.Value:
     """Counts."""
     target: Any = node.target
@@ -282,8 +223,7 @@ TABLE: dict[str, Callable[[Emitter, fx.Node], Any]] = (
     | {
         "select": select, "cat": concatenate, "concat": concatenate, "stack": stack,
         "unbind": unbind, "getitem": item, "repeat": repeat, "repeat_interleave": repeat_each,
-        "roll": roll, "flip": flip, "embedding": embedding, "gather": gather,
-        "index_select": index_select, "index": index, "arange": arange, "tril": triangle(0),
+        "roll": roll, "flip": flip, "arange": arange, "tril": triangle(0),
         "triu": triangle(1),
     }
 )  # fmt: skip

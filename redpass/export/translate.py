@@ -10,7 +10,7 @@ import sympy
 from torch import fx
 
 from redpass import ops
-from redpass.export import attention, experts, layers, layout, pointwise, reductions
+from redpass.export import attention, experts, layers, layout, picks, pointwise, reductions
 from redpass.export.emitter import Emitter
 from redpass.export.rotary import rotary
 from redpass.export.sizes import UntranslatedError, shape_of, type_of
@@ -18,14 +18,11 @@ from redpass.program import Port, Program
 
 Translation = Callable[[Emitter, fx.Node], Any]
 
-TABLE: dict[str, Translation] = (
-    pointwise.TABLE
-    | reductions.TABLE
-    | layout.TABLE
-    | layers.TABLE
-    | attention.TABLE
-    | experts.TABLE
-)
+TABLE: dict[str, Translation] = {
+    name: translation
+    for part in (pointwise, reductions, layout, picks, layers, attention, experts)
+    for name, translation in part.TABLE.items()
+}
 """ATen base name -> translation. An op that is not here goes through torch's own exporter."""
 
 IR_VERSION = 10

@@ -107,6 +107,36 @@ def test_sums_before_post_norms_are_kept_out_of_the_slow_fused_kernel(encoder: P
     assert all(len(node.inputs[0].producer().inputs) == 3 for node in norms)
 
 
+def test_a_merged_projection_is_taken_apart(tmp_path: Path) -> None:
+    layer, plain = nn.Linear(8, 24), nn.Linear(8, 24, bias=False)
+
+    def function(x: Tensor) -> dict[str, Tensor]:
+        q, k, v = layer(x).split(8, -1)
+        merged = plain(x)
+        return {
+            "y": torch.tanh(q) * k + v,
+            "z": merged[..., :10] @ merged[..., 10:].mT[..., :10, :],
+        }
+
+    program = program_of(function, {"x": torch.randn(2, 3, 8)})
+    model = build(program)
+    counts = Counter(node.op_type for node in model.graph)
+    assert counts["MatMul"] == 3 + 2 + 1
+    assert not counts["Split"]
+    to_onnx(program, tmp_path / "model.onnx")
+
+
+def test_a_merged_projection_that_is_read_whole_stays(tmp_path: Path) -> None:
+    layer = nn.Linear(8, 24)
+
+    def function(x: Tensor) -> dict[str, Tensor]:
+        merged = layer(x)
+        return {"first": merged[..., :8], "all": merged}
+
+    program = program_of(function, {"x": torch.randn(2, 3, 8)})
+    assert Counter(node.op_type for node in build(program).graph)["MatMul"] == 1
+
+
 def test_a_row_that_a_mask_hides_whole_gives_what_the_program_gives(
     encoder: Program, tmp_path: Path
 ) -> None:
