@@ -2,8 +2,9 @@
 
     python benchmarks/compile_cost.py [--layers 16,32]
 
-Each size runs in a fresh process. Prints seconds, peak memory, and the ratio of seconds from one
-size to the next. Limits: 45 s and 2 GiB for 32 layers, 2.1 for twice the layers.
+Each size runs in a fresh process. Prints seconds, peak memory, and the ratio of CPU time from one
+size to the next. Limits: 45 s and 2 GiB for 32 layers, 2.1 for twice the layers. The work is of
+one thread, so on a machine with more work than cores its CPU time is judged instead of the wall's.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def _fresh(layers: int) -> dict[str, Any]:
 
 def _judge(rows: list[dict[str, Any]]) -> int:
     last, missed = rows[-1], 0
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
     for name, found, limit in (
-        ("seconds", last["seconds"], SECONDS),
+        ("CPU seconds" if busy else "seconds", last["cpu" if busy else "seconds"], SECONDS),
         ("peak GiB", last["gib"], GIBIBYTES),
     ):
         missed += found > limit
