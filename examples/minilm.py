@@ -7,6 +7,7 @@ exported ONNX file in ONNX Runtime and finds the sentence nearest to a question.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,11 @@ OUT = ROOT / "out" / "minilm"
 sys.path.insert(0, str(ROOT))
 
 
-def main(out: Path = OUT, budget: str = "cosine>=0.9") -> None:
+def main(
+    out: Path = OUT,
+    budget: str = "cosine>=0.9",
+    options: Sequence[str] = ("--rows", "512", "--length", "48"),
+) -> None:
     from testbed import minilm
 
     model = minilm.folder()
@@ -22,18 +27,18 @@ def main(out: Path = OUT, budget: str = "cosine>=0.9") -> None:
     data.parent.mkdir(parents=True, exist_ok=True)
     sentences = [text for split in minilm.SENTENCES for text, _ in minilm.sentences(split)]
     data.write_text("\n".join(sentences) + "\n")
-    optimize(model, data, budget, out)
+    optimize(model, data, budget, out, options)
     search(out / "model.onnx", model, sentences[:200], "How do I sort the rows of an array?")
     print(f"\nreport: {out / 'report.html'}")
 
 
-def optimize(model: Path, data: Path, budget: str, out: Path) -> None:
+def optimize(model: Path, data: Path, budget: str, out: Path, options: Sequence[str]) -> None:
     from redpass.cli import main as redpass
 
-    arguments = ["optimize", model, "--data", data, "--budget", budget, "--out", out]
-    arguments += ["--rows", 512, "--length", 48, "--force"]
-    print("redpass", *arguments, flush=True)
-    code = redpass(list(map(str, arguments)))
+    words = ["optimize", model, "--data", data, "--budget", budget, "--out", out, "--force"]
+    command = [str(word) for word in (*words, *options)]
+    print("redpass", *command, flush=True)
+    code = redpass(command)
     if code:
         raise SystemExit(code)
 
@@ -48,7 +53,7 @@ def search(onnx: Path, model: Path, sentences: list[str], question: str) -> None
 
     def embed(texts: list[str]) -> torch.Tensor:
         batch = tokenizer(texts, padding=True, return_tensors="pt")
-        inputs = {name: batch[name] for name in network.input_names}
+        inputs = {port.name: batch[port.name] for port in network.inputs}
         states = network(inputs)["last_hidden_state"]
         mask = batch["attention_mask"][:, :, None]
         pooled = (states * mask).sum(1) / mask.sum(1)

@@ -80,12 +80,14 @@ class DropBranches:
         edits += [DropState(*pair) for pair in branch.state]
         share = facts.get(cost).by_branch[branch.label]
         evidence = {} if cosine is None else {"similarity": cosine}
-        shown = "named by the user" if cosine is None else f"mean cosine {cosine:.4f} across it"
+        shown = "named by the user"
+        if cosine is not None:
+            shown = f"mean cosine {cosine:.4f} between the stream with and without it"
         return Action(
             RULE,
             branch.label,
             tuple(edits),
-            f"the stream hardly changes in this {branch.kind} branch: {shown}",
+            f"{branch.kind} branch, {shown}",
             evidence,
             {
                 "parameters": share.parameters,
