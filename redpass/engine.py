@@ -142,7 +142,7 @@ class Engine:
         return Check(verdict.state, verdict.reason)
 
     def _permitted(self, pass_: Pass, actions: Sequence[Action]) -> list[Action]:
-        limit, kept = self.settings.limit, []
+        limit, kept = self.settings.limit, list[Action]()
         for action in actions:
             if {action.key, pass_.name} & set(self.settings.skip):
                 self.note(pass_, action, "skipped by user", "named in REDPASS_SKIP")
