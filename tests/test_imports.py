@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact"},
-    {"text", "program", "ops", "data", "plan"},
+    {"text", "program", "ops", "data", "plan", "stored"},
     {"rewrite", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {"engine", "recipe", "budget", "summary", "pipeline", "frontend", "export", "runtime", "bench"},

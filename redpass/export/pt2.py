@@ -25,6 +25,7 @@ from redpass import atomic
 from redpass.errors import ExportError
 from redpass.export.check import Report, check_outputs
 from redpass.program import Program, output_node
+from redpass.stored import MEMBER, to_text
 from redpass.verify.inputs import random_inputs
 
 _USUAL = {"batch": 2, "seq": 5, "past": 3}
@@ -50,7 +51,8 @@ def to_pt2(program: Program, path: str | Path) -> Report:
         )
     try:
         with atomic.steady(path) as file:  # torch ends the process when a write fails
-            torch.export.save(exported_program(program), file)  # type: ignore[arg-type]
+            extra = {MEMBER: to_text(program)}
+            torch.export.save(exported_program(program), file, extra_files=extra)  # type: ignore[arg-type]
         loaded: Any = torch.export.load(path).module()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from redpass.errors import LoadError, UsageError
-from redpass.frontend import adapt, batches, huggingface, pickled, pt2, specs
+from redpass.frontend import adapt, batches, huggingface, pickled, pt2, pt2_ports, specs
 from redpass.frontend.adapt import Adapted
 from redpass.frontend.trace import finish, trace
 from redpass.program import Origin, Program
@@ -58,7 +58,7 @@ def load(
         return _trace(source, origin, example, inputs, task, fake)
     path = existing(Path(source))
     if path.suffix == ".pt2":
-        return exported(pt2.load_exported(path), Origin("pt2", str(path), task=task or "unknown"))
+        return _from_pt2(path, task)
     opened = _open(path, module, allow, unsafe_pickle, fake)
     origin = Origin(opened.kind, str(path), config=opened.config, notes=opened.notes)
     given = example if example is not None or data is None else _from_file(path, data, tokenizer)
@@ -114,8 +114,19 @@ def exported(program: torch.export.ExportedProgram, origin: Origin) -> Program:
         TraceError: it writes to a buffer, or holds control flow.
         LoadError: an input that is no tensor.
     """
-    dims, outputs = pt2.describe(program)
+    dims, outputs = pt2_ports.describe(program)
     return finish(program, dims, outputs, origin, prefix="")
+
+
+def _from_pt2(path: Path, task: str | None) -> Program:
+    graph, stored = pt2.load_exported(path), pt2.read_stored(path)
+    if stored is None:
+        return exported(graph, Origin("pt2", str(path), task=task or "unknown"))
+    ports = stored.signature
+    origin = Origin("pt2", str(path), task=task or stored.task)
+    dims = pt2_ports.stored_dims(graph, ports, path)
+    program = finish(graph, dims, tuple(port.name for port in ports.outputs), origin, prefix="")
+    return replace(program, signature=replace(program.signature, state=ports.state))
 
 
 def existing(path: Path) -> Path:

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
-from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from redpass.errors import LoadError
 from redpass.frontend import archive, pt2_check
-from redpass.frontend.dims import Dims, evaluate
+from redpass.stored import MEMBER, Stored, from_text
 
 _PAYLOAD = re.compile(r"data/(weights/weight_\d+|constants/tensor_\d+)")
 _CONFIG = re.compile(r"data/(weights/(\w+)_weights_config|constants/(\w+)_constants_config)\.json")
@@ -51,6 +49,19 @@ def load_exported(path: Path) -> ExportedProgram:
         ) from error
 
 
+def read_stored(path: Path) -> Stored | None:
+    """Returns what redpass wrote beside the graph, None for a file that something else wrote.
+
+    Raises:
+        LoadError: no whole archive, or a signature that is damaged.
+    """
+    for member in archive.check(path):
+        if _inner(member.filename) == f"extra/{MEMBER}":
+            with zipfile.ZipFile(path) as source:
+                return from_text(source.read(member), path)
+    return None
+
+
 def _rebuild(path: Path, members: list[zipfile.ZipInfo]) -> io.BytesIO:
     """Copies what was checked to a new archive in memory."""
     result = io.BytesIO()
@@ -79,6 +90,8 @@ def _member(
     sizes: dict[str, int],
     path: Path,
 ) -> Iterator[tuple[str, bytes]]:
+    if name == f"extra/{MEMBER}":
+        return  # `read_stored` reads it, PyTorch need not
     if name in _PLAIN or _PAYLOAD.fullmatch(name):
         yield name, source.read(member)
     elif _MODEL.fullmatch(name):
@@ -123,61 +136,3 @@ def _check_payloads(config: Any, place: str, sizes: dict[str, int], path: Path) 
             raise LoadError(f"its bytes ({member}) are missing", file=path, place=name)
         if not sizes[member] and 0 not in lengths:
             raise LoadError(f"its bytes ({member}) are empty", file=path, place=name)
-
-
-def describe(exported: ExportedProgram) -> tuple[Dims, tuple[str, ...]]:
-    """Names the dimensions of an exported program's inputs. Returns them and output names.
-
-    The first axis is `batch`, the second of integer inputs `seq`; other symbols keep a number.
-    """
-    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    values = {str(n): nodes[str(n)].meta["val"] for n in exported.graph_signature.user_inputs}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise LoadError(f"input '{name}' is no tensor", hint="export with tensors only")
-    names = _symbol_names(values)
-    axes = {
-        name: tuple(_entry(size, names) for size in value.shape) for name, value in values.items()
-    }
-    ranges = {names[symbol]: _range(exported, symbol) for symbol in names}
-    sizes = {name: max(low, 2 + 1 * i) for i, (name, (low, _)) in enumerate(ranges.items())}
-    example = {
-        name: torch.zeros([int(evaluate(a, sizes)) for a in axes[name]], dtype=value.dtype)
-        for name, value in values.items()
-    }
-    return Dims(example, axes, sizes, ranges), _output_names(exported)
-
-
-def _symbol_names(values: dict[str, Any]) -> dict[sympy.Symbol, str]:
-    names: dict[sympy.Symbol, str] = {}
-    for value in values.values():
-        for axis, size in enumerate(value.shape):
-            if not isinstance(size, SymInt) or not isinstance(size.node.expr, sympy.Symbol):
-                continue
-            is_index = not value.is_floating_point() and value.dim() == 2
-            wish = "batch" if axis == 0 else "seq" if axis == 1 and is_index else f"n{len(names)}"
-            taken = wish in names.values()
-            names.setdefault(size.node.expr, f"n{len(names)}" if taken else wish)
-    return names
-
-
-def _entry(size: Any, names: dict[sympy.Symbol, str]) -> str | int:
-    if isinstance(size, int):
-        return size
-    renamed = size.node.expr.xreplace({s: sympy.Symbol(n) for s, n in names.items()})
-    return int(renamed) if renamed.is_Integer else str(renamed)
-
-
-def _range(exported: ExportedProgram, symbol: sympy.Symbol) -> tuple[int, int | None]:
-    bounds = exported.range_constraints.get(symbol)
-    low = int(bounds.lower) if bounds is not None and bounds.lower > 2 else 1
-    high = int(bounds.upper) if bounds is not None and bounds.upper < 2**31 else None
-    return low, high
-
-
-def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
-    count = len(exported.graph_signature.user_outputs)
-    spec: Any = exported.call_spec.out_spec
-    if spec is not None and spec.type is dict and len(spec.context) == count:
-        return tuple(map(str, spec.context))
-    return tuple(f"output_{i}" for i in range(count))
