@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ class Report:
     verdict: str
     worst: Mapping[str, float]
     notes: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def whole_or_gone(*paths: Path) -> Iterator[None]:
+    """Removes the files when the block fails: none may be taken for a checked one."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def check_outputs(program: Program, run: Runner, path: Path, notes: tuple[str, ...] = ()) -> Report:

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from redpass.errors import ExportError
-from redpass.export.check import Report, check_outputs
+from redpass.export.check import Report, check_outputs, whole_or_gone
 from redpass.export.generic import translate_generic
 from redpass.export.sizes import HALVES, UntranslatedError
 from redpass.export.tidy import tidy
@@ -60,8 +60,9 @@ def to_onnx(
             hint=f"choose one from {OPSETS[0]} to {OPSETS[1]}",
         )
     model = build(program, opset)
-    save(model, path, external_above)
-    return check_outputs(program, OnnxModel(path), path, _notes(program))
+    with whole_or_gone(path, data_file(path)):
+        save(model, path, external_above)
+        return check_outputs(program, OnnxModel(path), path, _notes(program))
 
 
 def build(program: Program, opset: int = OPSET) -> ir.Model:
@@ -83,13 +84,18 @@ def save(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> N
     """Writes a model, with its weights beside it when they are large. Checks its form."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    name = f"{path.name}.data" if total > external_above else None
+    name = data_file(path).name if total > external_above else None
     ir.save(model, path, external_data=name)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         first = str(error).strip().splitlines()[0]
         raise ExportError(f"the ONNX checker refuses it: {first}", file=path) from error
+
+
+def data_file(path: Path) -> Path:
+    """Returns where the weights of the file at `path` lie when they are not in it."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _check_ports(program: Program, model: ir.Model) -> None:

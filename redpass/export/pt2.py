@@ -23,7 +23,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from redpass import atomic
 from redpass.errors import ExportError
-from redpass.export.check import Report, check_outputs
+from redpass.export.check import Report, check_outputs, whole_or_gone
 from redpass.program import Program, output_node
 from redpass.stored import MEMBER, to_text
 from redpass.verify.inputs import random_inputs
@@ -49,20 +49,26 @@ def to_pt2(program: Program, path: str | Path) -> Report:
         raise ExportError(
             "the weights carry no data", file=path, hint="load the model without fake=True"
         )
+    with whole_or_gone(path):
+        loaded = _written(program, path)
+
+        def run(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return dict(loaded(values))
+
+        return check_outputs(program, run, path)
+
+
+def _written(program: Program, path: Path) -> Any:
+    """Writes the file and returns what PyTorch reads back from it."""
     try:
         with atomic.steady(path) as file:  # torch ends the process when a write fails
             extra = {MEMBER: to_text(program)}
             torch.export.save(exported_program(program), file, extra_files=extra)  # type: ignore[arg-type]
-        loaded: Any = torch.export.load(path).module()
+        return torch.export.load(path).module()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(f"torch.export: {type(error).__name__}: {first}", file=path) from error
-
-    def run(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return dict(loaded(values))
-
-    return check_outputs(program, run, path)
 
 
 def exported_program(program: Program) -> ExportedProgram:

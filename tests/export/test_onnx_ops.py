@@ -171,3 +171,4 @@ def test_a_wrong_translation_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     program = program_of(lambda x: {"y": x.tanh()}, X)
     with pytest.raises(ExportError, match=r"gives other results than the program: output 'y'"):
         to_onnx(program, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

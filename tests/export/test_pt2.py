@@ -94,6 +94,7 @@ def test_a_file_that_computes_something_else_is_found(
     monkeypatch.setattr(pt2, "exported_program", lambda _: wrong)
     with pytest.raises(ExportError, match=r"gives other results .* output 'output_0': error"):
         to_pt2(residual, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_comes_back_as_the_same_program(llama: Program, tmp_path: Path) -> None:
