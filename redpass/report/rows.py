@@ -120,7 +120,12 @@ def summary(record: RunRecord) -> str:
     for name in ("flops", "parameters"):
         text = figures.change(getattr(record.before, name), getattr(record.after, name))
         parts.append(f"{text} {'FLOPs' if name == 'flops' else name}")
-    fastest = [item for item in record.latency if not item.failure]
+    # A ratio whose quartiles lie on both sides of 1 says nothing worth a headline.
+    fastest = [
+        item
+        for item in record.latency
+        if not item.failure and (item.spread[1] < 1 or item.spread[0] > 1)
+    ]
     parts += [f"{1 / item.ratio:.2f}x as fast in {item.runner}" for item in fastest if item.ratio]
     return ", ".join(parts) + "."
 
