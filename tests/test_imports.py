@@ -152,3 +152,10 @@ def test_import_is_quick_and_without_torch() -> None:
 def test_help_is_quick_and_without_torch(arguments: list[str]) -> None:
     code = f"import sys; from redpass.cli import main; assert main({arguments!r}) == 0"
     assert best_seconds(f"{code}; assert 'torch' not in sys.modules", 3) < 0.5
+
+
+@pytest.mark.parametrize("name", redpass.__all__)
+def test_every_public_name_is_there_at_first_use(name: str) -> None:
+    code = f"import redpass; assert redpass.{name}.__name__.split('.')[-1] == {name!r}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
