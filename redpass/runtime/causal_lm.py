@@ -31,6 +31,12 @@ class _Backend:
     inputs: Mapping[str, tuple[torch.dtype, Shape]]
     state: tuple[tuple[str, str], ...]
 
+    @property
+    def has_past(self) -> bool:
+        """Whether it has a cache, or had one: the mask of a model that lost it is as long still."""
+        shape = self.inputs["attention_mask"][1]
+        return bool(self.state) or shape[-1] != self.inputs["input_ids"][1][-1]
+
     def empty(self, batch: int) -> dict[str, Tensor]:
         """Returns a cache of past length 0."""
         found = {}
@@ -59,7 +65,7 @@ class CausalLM:
         else:
             self._backend = _from_file(Path(source), threads)
         names = set(self._backend.inputs)
-        if not self._backend.state or not {"input_ids", "attention_mask"} <= names:
+        if not {"input_ids", "attention_mask"} <= names or not self._backend.has_past:
             raise UsageError(
                 "not a causal language model with a cache",
                 place=None if isinstance(source, Program) else source,

@@ -13,8 +13,12 @@ import torch
 import redpass
 from redpass import export, pipeline
 from redpass.errors import LoadError, UsageError
+from redpass.facts import Facts
+from redpass.passes.drop_branches import DropBranches
 from redpass.program import Program
+from redpass.rewrite import apply
 from redpass.runtime import CausalLM, OnnxModel
+from redpass.verify.inputs import random_inputs
 
 transformers = pytest.importorskip("transformers")
 
@@ -147,6 +151,35 @@ def test_what_cannot_be_generated_from_is_refused(name: str, llama: tuple[Any, P
     change, message = REFUSED[name]
     with pytest.raises(UsageError, match=message):
         CausalLM(llama[1]).generate(max_new_tokens=2, **change(*prompts()))
+
+
+def test_a_model_that_lost_all_attention_still_generates(
+    llama: tuple[Any, Program], tmp_path: Path
+) -> None:
+    program = llama[1]
+    labels = ("layers.0.attention", "layers.1.attention")
+    bare = apply(program, DropBranches(only=labels).plan(program, Facts(program)).actions)
+    assert not bare.signature.state
+    ids, mask = prompts()
+    wanted = ids
+    for _ in range(6):  # each token follows from the one before it alone
+        values = random_inputs(bare, {"batch": 2, "seq": 1, "past": 0})
+        last = bare(**(values | {"input_ids": wanted[:, -1:]}))[0]
+        wanted = torch.cat([wanted, last[:, -1].argmax(-1)[:, None]], dim=1)
+    export.write(bare, tmp_path)
+    for source in (bare, tmp_path / "model.onnx", tmp_path / "model.pt2"):
+        assert torch.equal(CausalLM(source).generate(ids, 6, attention_mask=mask), wanted)
+
+
+class Masked(torch.nn.Module):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return {"logits": (input_ids * attention_mask)[..., None].float()}
+
+
+def test_an_encoder_with_a_mask_is_refused() -> None:
+    inputs = [f"{name}:int64[batch,seq]" for name in ("input_ids", "attention_mask")]
+    with pytest.raises(UsageError, match="not a causal language model"):
+        CausalLM(redpass.load(Masked(), inputs=inputs))
 
 
 def test_no_tokens_are_refused(llama: tuple[Any, Program]) -> None:
