@@ -72,10 +72,11 @@ def compare(
         threads: of one operator; None for PyTorch's own number.
 
     Raises:
-        UsageError: an unknown runner, or fewer than three rounds.
+        UsageError: an unknown runner, fewer than three rounds, or two that are not of one model.
         ExportError: weights without data.
     """
     _check(runners, rounds)
+    _check_inputs(original, optimized)
     count = threads or torch.get_num_threads()
     chosen = list(sizes) if sizes is not None else usual_sizes(original)
     before = machine(count)
@@ -144,6 +145,17 @@ def _check(runners: Sequence[str], rounds: int) -> None:
             raise UsageError(f"unknown runner '{runner}'", hint=nearest(runner, RUNNERS))
     if rounds < 3:
         raise UsageError(f"{rounds} rounds give no quartiles", hint="ask for at least 3")
+
+
+def _check_inputs(original: Program, optimized: Program) -> None:
+    known = [port.name for port in original.signature.inputs]
+    new = [port.name for port in optimized.signature.inputs if port.name not in known]
+    if new:
+        raise UsageError(
+            f"the second takes inputs that the first has not: {', '.join(new)}",
+            place=optimized.origin.path,
+            hint=f"compare a model with what was made of it; the first takes {', '.join(known)}",
+        )
 
 
 def _clipped(program: Program, wanted: Mapping[str, int]) -> dict[str, int]:

@@ -96,6 +96,13 @@ def test_wrong_requests_are_refused(residual: Program) -> None:
         bench.compare(residual, residual, rounds=2)
 
 
+def test_two_models_with_other_inputs_are_refused(residual: Program) -> None:
+    first, *rest = residual.signature.inputs
+    other = replace(residual.signature, inputs=(replace(first, name="other"), *rest))
+    with pytest.raises(UsageError, match="the second takes inputs that the first has not: other"):
+        bench.compare(residual, replace(residual, signature=other), runners=("eager",))
+
+
 def test_load_above_the_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("os.getloadavg", lambda: (7.0, 7.0, 7.0))
