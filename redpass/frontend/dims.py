@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from typing import Any
 
 import sympy
@@ -93,6 +94,8 @@ def prepare(
 ) -> Dims:
     """Checks `dims` against the example and lengthens named axes of size 0 and 1 to 2.
 
+    A name that cannot be a symbol's (of u or z at the start) gets `n_` before it.
+
     Raises:
         UsageError: an unknown input, another rank, a bad expression, or one name for two sizes.
     """
@@ -103,7 +106,8 @@ def prepare(
     for name, value in example.items():
         entries = tuple(dims.get(name, tuple(value.shape)))
         _check_entries(name, entries, value)
-        axes[name] = entries
+        axes[name] = tuple(e if isinstance(e, int) else _WORD.sub(_symbol, e) for e in entries)
+    ranges = {_WORD.sub(_symbol, name): limits for name, limits in ranges.items()}
     longer = dict(example)
     for name, entries in axes.items():
         for axis, entry in enumerate(entries):
@@ -112,6 +116,11 @@ def prepare(
     sizes = _sizes(longer, axes)
     longer = {name: _resize(value, axes[name], sizes) for name, value in longer.items()}
     return Dims(longer, axes, sizes, {name: ranges.get(name, (1, None)) for name in sizes})
+
+
+def _symbol(word: re.Match[str]) -> str:
+    # torch reads the kind of a symbol off its first letters: u and z are not plain sizes.
+    return f"n_{word[0]}" if word[0][0] in "uzUZ" else word[0]
 
 
 def is_fixed(size: Any) -> bool:
@@ -147,8 +156,10 @@ def _check_entries(name: str, entries: tuple[str | int, ...], value: Tensor) -> 
         )
     for entry, size in zip(entries, value.shape, strict=True):
         if isinstance(entry, str):
-            if not _EXPRESSION.fullmatch(entry):
-                raise UsageError(f"'{entry}' is no dimension name", place=f"input '{name}'")
+            if not _EXPRESSION.fullmatch(entry) or any(map(iskeyword, _WORD.findall(entry))):
+                hint = "a name is made of letters, digits and '_', and no word of Python's"
+                place = f"input '{name}'"
+                raise UsageError(f"'{entry}' is no dimension name", place=place, hint=hint)
         elif entry != size:
             raise UsageError(f"size {size}, expected {entry}", place=f"input '{name}'")
 

@@ -108,11 +108,9 @@ def _named(name: str) -> Iterator[None]:
     """Lets the next symbol be called `name` instead of `s7`."""
     symbolic_shapes: Any = importlib.import_module("torch.fx.experimental.symbolic_shapes")
     original = symbolic_shapes.make_symbol
-    # torch reads the kind of a symbol off its first letters: u and z are not plain sizes.
-    safe = f"n_{name}" if name[0] in "uzUZ" else name
 
     def make(_kind: Any, _number: Any, **assumptions: Any) -> sympy.Symbol:
-        return sympy.Symbol(safe, **assumptions)
+        return sympy.Symbol(name, **assumptions)
 
     symbolic_shapes.make_symbol = make
     try:

@@ -75,7 +75,13 @@ def _names(path: Path, members: list[zipfile.ZipInfo]) -> list[str]:
             if opcode.name in ("GLOBAL", "INST"):
                 names[_modern(*str(argument).split(" ", 1))] = None
             elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                raise LoadError(f"a pickle with {opcode.name}, not torch.save's", file=path)
+                raise LoadError(
+                    f"a pickle with {opcode.name}, in which the classes it names cannot be listed",
+                    file=path,
+                    place=inside[0],
+                    hint="save it again with torch.save(model, path) and its own pickle_protocol, "
+                    "2; or, for a file you made yourself, --unsafe-pickle",
+                )
     except ValueError as error:
         raise LoadError(f"a damaged pickle: {error}", file=path, place=inside[0]) from error
     return list(names)

@@ -325,3 +325,9 @@ def test_size_expressions(text):
 )  # fmt: skip
 def test_what_is_no_size_expression(text):
     assert not pt2_check.is_safe_expression(text)
+
+
+def test_a_pickle_of_a_later_protocol_says_how_to_save_it_again(tmp_path):
+    torch.save(plain(), tmp_path / "m.pt", pickle_protocol=4)
+    with pytest.raises(LoadError, match=r"STACK_GLOBAL[^\n]*\n  save it again with torch\.save"):
+        load(tmp_path / "m.pt", inputs=SPEC)

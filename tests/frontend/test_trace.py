@@ -8,6 +8,7 @@ from redpass.errors import TraceError, UsageError
 from redpass.frontend import NaNWeightsWarning, load, random_inputs
 from redpass.frontend.trace import trace
 from redpass.program import Origin
+from redpass.verify.rules import check_rules
 
 ORIGIN = Origin("module", "test")
 
@@ -219,3 +220,34 @@ def test_random_inputs_fit_the_program(tied):
     assert bool((inputs["mask"] == 1).all())
     assert torch.equal(inputs["ids"], random_inputs(program, {"batch": 4, "seq": 9}, seed=3)["ids"])
     program(**inputs)
+
+
+@pytest.mark.parametrize("name", ["users", "zone", "E", "Max", "s0", "x"])
+def test_a_dimension_has_one_name_everywhere(name):
+    program = trace(
+        nn.Linear(4, 4),
+        {"input": torch.randn(3, 4)},
+        dims={"input": (name, 4)},
+        origin=ORIGIN,
+        ranges={name: (2, 9)},
+    )
+    check_rules(program)
+    known = f"n_{name}" if name[0] in "uz" else name
+    assert program.signature.inputs[0].shape == program.signature.outputs[0].shape == (known, 4)
+    assert dict(program.signature.dims) == {known: (2, 9)}
+
+
+def test_a_word_of_python_names_no_dimension():
+    with pytest.raises(UsageError, match="'lambda' is no dimension name"):
+        load(nn.Linear(4, 4), inputs=["input:float32[lambda,4]"])
+
+
+def test_batched_products_trace_without_a_word_from_torch(capfd):
+    class Module(nn.Module):
+        def forward(self, x, y):
+            return torch.baddbmm(torch.zeros(1, 1, 1), x, y)
+
+    values = {"x": torch.randn(2, 3, 4), "y": torch.randn(2, 4, 5)}
+    program = trace(Module(), values, dims={"x": ("b", "n", 4), "y": ("b", 4, "m")}, origin=ORIGIN)
+    assert program.signature.outputs[0].shape == ("b", "n", "m")
+    assert "baddbmm" not in capfd.readouterr().err
