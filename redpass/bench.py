@@ -30,7 +30,7 @@ Sizes = Mapping[str, int]
 
 RUNNERS = ("eager", "compile", "onnxruntime")
 WARM_UP = 3
-SHORTEST = 0.002
+SHORTEST = 0.02
 """Seconds a measured stretch lasts at least: calls are repeated to fill it."""
 
 
