@@ -174,7 +174,8 @@ def can_view(mode: FakeTensorMode, node: fx.Node, value: Tensor) -> bool:
             viewed = fake_call(mode, user, {node: value})
         except (RuntimeError, ValueError):
             return False
-        if isinstance(viewed, Tensor) and not can_view(mode, user, viewed):
+        # A list of pieces (`chunk`) has readers of its own, which are not followed here.
+        if not isinstance(viewed, Tensor) or not can_view(mode, user, viewed):
             return False
     return True
 
@@ -186,6 +187,8 @@ def _only_splits(node: fx.Node) -> bool:
     """
     for user in node.users:
         if ops.is_view(user):
+            if not isinstance(user.meta["val"], Tensor):
+                return False
             lead = list(map(str, node.meta["val"].shape[:-1]))
             same = list(map(str, user.meta["val"].shape[: len(lead)])) == lead
             moves = ops.is_call(user, *ops.RESHAPES, *ops.COPYING_VIEWS) and not same

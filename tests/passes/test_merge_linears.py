@@ -6,6 +6,8 @@ from checking import check_numbers, run_pass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import redpass
+from redpass.facts import Facts
 from redpass.passes.merge_linears import MergeLinears
 
 
@@ -139,3 +141,21 @@ def test_any_widths_and_biases(widths, biases, rows):
     checked = run_pass(MergeLinears(), program)
     check_numbers(MergeLinears.exactness, program, checked.after, inputs(rows, width=12)[0])
     assert len(checked.plan.actions) == 1
+
+
+def test_a_reader_that_cuts_pieces_keeps_its_linear_apart() -> None:
+    class Pieces(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = self.a(x).chunk(2, dim=-1)
+            return left.reshape(-1) * right.reshape(-1) + self.b(x).sum()
+
+    program = redpass.load(
+        Pieces().eval(), example={"x": torch.randn(2, 8)}, inputs=["x:float32[batch,8]"]
+    )
+    plan = MergeLinears().plan(program, Facts(program))
+    assert not plan.actions
+    assert "contiguous" in plan.skips[0].reason
