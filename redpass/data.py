@@ -125,5 +125,8 @@ def _check_finite(batch: Batch, number: int, source: str) -> None:
     for name, value in batch.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DataError(
-                "holds NaN or infinity", file=source, place=f"batch {number}, input '{name}'"
+                "holds NaN or infinity",
+                file=source,
+                place=f"batch {number}, input '{name}'",
+                hint="leave out the rows that hold it",
             )

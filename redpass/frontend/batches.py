@@ -15,6 +15,7 @@ from redpass.data import LABELS, Batches
 from redpass.errors import DataError, LoadError, RedpassError, UsageError
 from redpass.frontend import pickled, safetensors_check
 from redpass.frontend.dims import evaluate
+from redpass.frontend.indices import check_index
 from redpass.program import Port, Program, check_port
 
 TENSORS = (".npz", ".safetensors", ".pt")
@@ -86,9 +87,19 @@ def complete_inputs(program: Program, batch: Mapping[str, Tensor]) -> dict[str, 
             value = _cast(value, port)
             check_port(port, value)
         except UsageError as error:
-            raise DataError(error.found, place=error.place, hint=f"expected {port}") from error
+            raise DataError(error.found, place=error.place, hint=_advice(port, value)) from error
+        if port.name in batch:
+            check_index(program, port.name, value)
         result[port.name] = value
     return result
+
+
+def _advice(port: Port, value: Tensor) -> str:
+    if value.dim() and len(port.shape) == value.dim() and port.shape[0] != value.shape[0]:
+        first = port.shape[0]
+        if isinstance(first, int) and port.shape[1:] == tuple(value.shape[1:]):
+            return f"this model takes {first} rows at a time: --batch-size {first}"
+    return f"expected {port}"
 
 
 def _sizes(program: Program, batch: Mapping[str, Tensor]) -> dict[str, int]:

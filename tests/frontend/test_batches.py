@@ -194,3 +194,31 @@ def test_data_serves_as_example(tmp_path):
     np.savez(tmp_path / "d.npz", input=np.ones((6, 4), np.float32))
     program = load(tmp_path / "m.pt", data=tmp_path / "d.npz")
     assert str(program.signature.inputs[0]) == "input:float32[batch,4]"
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+
+    def forward(self, input_ids):
+        return self.table(input_ids)
+
+
+@pytest.mark.parametrize(("value", "found"), [(20, "holds 20"), (-1, "holds -1")])
+def test_a_token_outside_the_vocabulary(tmp_path, value, found):
+    program = load(Words(), inputs=["input_ids:int64[batch,seq]"])
+    rows = np.arange(40).reshape(8, 5) % 20
+    np.savez(tmp_path / "x.npz", input_ids=rows)
+    assert len(read_batches(tmp_path / "x.npz", program, batch_size=2)) == 4
+    rows[6, 2] = value
+    np.savez(tmp_path / "x.npz", input_ids=rows)
+    with pytest.raises(DataError, match=rf"x\.npz: input 'input_ids': {found}, .* 20 rows\n"):
+        read_batches(tmp_path / "x.npz", program, batch_size=2)
+
+
+def test_a_fixed_batch_names_the_option(tmp_path):
+    program = load(nn.Linear(4, 4), inputs=["input:float32[2,4]"])
+    np.savez(tmp_path / "x.npz", input=np.ones((8, 4), dtype=np.float32))
+    with pytest.raises(DataError, match="2 rows at a time: --batch-size 2"):
+        read_batches(tmp_path / "x.npz", program, batch_size=4)
