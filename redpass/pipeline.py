@@ -14,7 +14,7 @@ import redpass
 from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
 from redpass.budget.search import Search, measure
-from redpass.budget.spec import Budget, parse_budget, worst_case
+from redpass.budget.spec import Budget, doubts, parse_budget, worst_case
 from redpass.config import Settings
 from redpass.data import Batches, Splits
 from redpass.engine import Engine
@@ -132,6 +132,7 @@ class _Run:
         self.before = cost_record(self.original, self.sizes)
         self.quality: list[QualityRecord] = []
         self.searches: list[Search] = []
+        self.doubts: list[str] = []
         self._check_possible()
         for pass_ in track(passes, self.listener, "passes", len(passes)):
             self._one(pass_)
@@ -198,6 +199,9 @@ class _Run:
             found = measure(self.budget, self.engine.program, self._originals(split), split)
             miss = worst_case(found, self.budget, 0.0)
             self.quality += [replace(r, met=not miss) for r in found.values()]
+        self.doubts = doubts(found, self.budget)
+        for doubt in self.doubts:
+            self.listener.message(doubt)
         if miss:
             return "missed", f"the quality budget does not hold: {miss}"
         after = cost_record(self.engine.program, self.sizes)
@@ -245,7 +249,7 @@ class _Run:
             matrices=matrices(measured),
             latency=[],
             recipe=self._recipe(),
-            notes=list(origin.notes),
+            notes=[*origin.notes, *self.doubts],
             machine=machine(),
             seconds=seconds,
         )

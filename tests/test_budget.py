@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from redpass.budget.spec import Budget, parse_budget, worst_case
+from redpass.budget.spec import Budget, doubts, parse_budget, worst_case
 from redpass.errors import UsageError
 from redpass.record import CostRecord, QualityRecord
 
@@ -68,3 +68,11 @@ def test_a_spec_prints_back(spec):
 def test_bad_specs_say_what_to_write(spec, message):
     with pytest.raises(UsageError, match=message):
         parse_budget(spec)
+
+
+def test_data_too_few_for_a_limit_are_told():
+    budget = parse_budget("perplexity<=+3%")
+    few = {"perplexity": quality("perplexity", 290.6, 283.2, stderr=17.7)}
+    enough = {"perplexity": quality("perplexity", 290.6, 283.2, stderr=1.0)}
+    assert doubts(enough, budget) == []
+    assert "10 samples of choosing data are too few" in doubts(few, budget)[0]

@@ -155,3 +155,17 @@ def worst_case(quality: Mapping[str, QualityRecord], budget: Budget, margin: flo
                 f"limit {limit} (original {record.original:.5g})"
             )
     return ""
+
+
+def doubts(quality: Mapping[str, QualityRecord], budget: Budget) -> list[str]:
+    """Returns a sentence for each limit that the data are too few to tell with confidence."""
+    found = []
+    for limit in budget.limits:
+        record = quality[limit.metric]
+        room = abs(limit.bound(record.original) - record.original)
+        if CONFIDENCE / math.sqrt(2) * record.stderr > room:
+            found.append(
+                f"{record.count} samples of {record.split} data are too few to be sure of "
+                f"{limit}: the standard error is {record.stderr:.2g}, the limit leaves {room:.2g}"
+            )
+    return found
