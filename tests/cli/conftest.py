@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import Files, Outcome, Run
 
 from redpass import Splits, export
 from redpass.cli import main, sources
 from redpass.data import Batches
 from redpass.program import Program
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a user sees of one command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -44,15 +31,6 @@ def write_stub(program: Program, folder: Path, formats: tuple[str, ...]) -> None
         (folder / f"model.{name}").write_text(program.text)
 
 
-@dataclass(frozen=True)
-class Files:
-    """Files that stand for the model and the data of the tests."""
-
-    model: Path
-    data: Path
-    out: Path
-
-
 @pytest.fixture
 def files(
     tmp_path: Path,
@@ -70,11 +48,3 @@ def files(
     monkeypatch.setattr(sources, "read", lambda *_: batches)
     monkeypatch.setattr(export, "write", write_stub, raising=False)
     return found
-
-
-BUDGET = (
-    "--passes",
-    "drop_noops,drop_branches,drop_dead_nodes",
-    "--budget",
-    "relative_error<=0.05",
-)

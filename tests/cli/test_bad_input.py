@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUDGET, Files, Outcome, Run
+from commands import BUDGET, Files, Outcome, Run
 
 from redpass.errors import PassError, RedpassError
 

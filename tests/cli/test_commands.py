@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import BUDGET, Files, Run
+from commands import BUDGET, Files, Run
 
 from redpass import __version__
 from redpass.manifest import verify_artifact

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import Run
+from commands import Run
 
 from redpass.manifest import verify_artifact
 
