@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from redpass.analysis import cost
+from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.facts import Facts
 from redpass.program import Program
 from redpass.record import CostRecord
-
-USUAL = {"batch": 1, "seq": 128, "past": 0}
-"""Sizes FLOPs are counted at when the user names none."""
 
 
 def usual_sizes(program: Program) -> dict[str, int]:
     """Returns one size per named dimension: the usual one, else the smallest that is allowed."""
     return {
-        name: min(max(USUAL.get(name, 8), low), high if high is not None else 1 << 30)
+        name: min(max(DEFAULT_SIZES.get(name, 8), low), high if high is not None else 1 << 30)
         for name, (low, high) in program.signature.dims.items()
     }
 

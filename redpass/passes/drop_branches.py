@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
+from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.similarity import similarity
 from redpass.analysis.structure import Branch
 from redpass.errors import UsageError, nearest
@@ -19,7 +20,6 @@ from redpass.plan import Action, DropState, Edit, Exactness, Plan, Replace, Skip
 from redpass.program import Program
 
 RULE = "drop_branches.similar"
-SIZES = {"batch": 1, "seq": 128, "past": 0}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DropBranches:
             {
                 "parameters": share.parameters,
                 "bytes": share.bytes,
-                "flops": share.flops(SIZES),
+                "flops": share.flops(DEFAULT_SIZES),
                 "kv_bytes_per_token": share.kv_bytes_per_token,
             },
             None if cosine is None else 1.0 - cosine,
