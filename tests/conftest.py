@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import redpass
 from redpass.program import Program
+
+# The same examples on every machine and in every run: a property that fails, fails for everybody.
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=8)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

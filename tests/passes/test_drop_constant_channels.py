@@ -4,7 +4,7 @@ import pytest
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.passes.drop_constant_channels import DropConstantChannels
@@ -153,7 +153,6 @@ def test_comparisons_between_are_obstacles():
     assert not run_pass(DropConstantChannels(multiple=1), b.program(y)).plan.actions
 
 
-@settings(max_examples=8, deadline=None)
 @given(
     dead=st.sets(st.integers(0, 7)),
     unread=st.sets(st.integers(0, 7)),

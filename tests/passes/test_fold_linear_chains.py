@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.passes.fold_linear_chains import FoldLinearChains
@@ -78,7 +78,6 @@ def test_weights_without_data_fold_by_shape():
     assert run_pass(FoldLinearChains(), b.program(y)).after.weights["b_folded"].shape == (4, 6)
 
 
-@settings(max_examples=8, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 12), min_size=3, max_size=6),
     biases=st.lists(st.booleans(), min_size=5, max_size=5),

@@ -3,7 +3,7 @@
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.passes.fold_norm_gains import FoldNormGains
@@ -104,7 +104,6 @@ def test_weights_without_data_fold_by_shape():
     assert run_pass(FoldNormGains(), program).after.weights["w_scaled"].is_meta
 
 
-@settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 5), width=st.integers(2, 20), readers=st.integers(1, 3))
 def test_any_width_and_number_of_readers(rows, width, readers):
     b = Builder()

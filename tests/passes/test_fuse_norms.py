@@ -4,7 +4,7 @@ import pytest
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.passes.fuse_norms import FuseNorms
@@ -112,7 +112,6 @@ def test_what_only_looks_like_a_norm_is_no_candidate():
     assert not plan.skips
 
 
-@settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 9), width=st.integers(1, 33), scale=st.sampled_from([1e-4, 1.0, 1e4]))
 def test_any_size_keeps_its_meaning(rows, width, scale):
     b = Builder()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.passes.merge_equal_neurons import MergeEqualNeurons
@@ -120,7 +120,6 @@ def test_what_is_left_alone(check_pass):
     ]
 
 
-@settings(max_examples=8, deadline=None)
 @given(
     data=st.data(),
     act=st.sampled_from([aten.gelu.default, aten.relu.default, aten.leaky_relu.default]),

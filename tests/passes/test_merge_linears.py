@@ -3,7 +3,7 @@
 import torch
 from building import Builder, aten
 from checking import check_numbers, run_pass
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import redpass
@@ -124,7 +124,6 @@ def test_weights_without_data_merge_by_shape():
     assert after.weights["a_merged"].shape == (8, 8)
 
 
-@settings(max_examples=8, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     biases=st.lists(st.booleans(), min_size=4, max_size=4),
