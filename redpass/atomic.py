@@ -88,6 +88,29 @@ def write(path: Path, text: str) -> None:
         os.close(number)
 
 
+def append(path: Path, text: str) -> None:
+    """Adds `text` to a file, made when missing, and waits until it is on the disk.
+
+    What a failed call added is taken back, so the file never ends in half of it but by a death.
+
+    Raises:
+        OSError: the disk is full or fails, or `path` is a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    number = os.open(path, flags, 0o666)
+    try:
+        before, rest = os.fstat(number).st_size, memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[os.write(number, rest) :]
+            os.fsync(number)
+        except OSError:
+            os.ftruncate(number, before)
+            raise
+    finally:
+        os.close(number)
+
+
 @contextlib.contextmanager
 def steady(path: Path) -> Iterator[io.RawIOBase]:
     """Yields a file for native writers that end the process when a write fails.

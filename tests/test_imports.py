@@ -17,7 +17,7 @@ ROOT = Path(redpass.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "config", "record", "progress", "atomic", "manifest", "artifact"},
+    {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
     {"text", "program", "ops", "data", "plan", "stored"},
     {"rewrite", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},

@@ -1,0 +1,227 @@
+"""What a long run has found out so far, on the disk as soon as it is known.
+
+A run asks for each expensive figure by name: `journal.recall(name, compute)`. A figure that an
+earlier, killed run of the same work found is read back, any other is computed and appended, one
+line a record with a checksum, synced before the run goes on. A run that decides by such figures
+alone then repeats the decisions of the killed one and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redpass import atomic
+from redpass.errors import DataError, OutputError, RedpassError, VerifyError
+
+JSON = Any
+"""None, a boolean, number or text, or lists and dicts (with text keys) of them."""
+
+FORMAT = "redpass-journal-1"
+MAX_BYTES = 1 << 30
+_OWN = re.compile(r"-[0-9a-f]{16}")
+
+_KEPT_ERRORS: dict[str, type[RedpassError]] = {
+    kind.__name__: kind for kind in (DataError, VerifyError)
+}
+"""Errors that are findings about a candidate: they would be raised again by the same work."""
+
+
+class Journal:
+    """The figures of one run, in the order in which they were found.
+
+    Without a file it remembers nothing and computes everything.
+
+    Attributes:
+        path: the file, or None.
+        found: how many records were there when it was opened.
+        recalled: how many figures were read back instead of being computed.
+        computed: how many were computed.
+        notes: what to tell the user about the state the file was found in.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.found = self.recalled = self.computed = 0
+        self.notes: tuple[str, ...] = ()
+        self._kept: dict[str, list[JSON]] = {}
+        self._asked: dict[str, int] = defaultdict(int)
+
+    @classmethod
+    def open(cls, path: Path | None, key: str, *, fresh: bool = False) -> Journal:
+        """Opens the journal of one piece of work, and makes it when it is not there.
+
+        Each key has a file of its own, so a try with other options costs no figures. A damaged
+        file, or one cut while a record was being written, counts up to the damage; `notes` says so.
+
+        Args:
+            path: the stem of the file's name, in a folder that exists. None for a journal that
+                remembers nothing.
+            key: what identifies the work: digests of model and data, passes, options, version.
+            fresh: forget what is there.
+
+        Raises:
+            OutputError: the file cannot be read or written.
+        """
+        if path is None:
+            return cls()
+        journal = cls(path.with_name(f"{path.name}-{_checksum(key)}"))
+        try:
+            journal._open(key, fresh)
+        except OSError as error:
+            raise _trouble(error, path) from error
+        return journal
+
+    def recall(self, name: str, compute: Callable[[], JSON]) -> JSON:
+        """Returns the figure called `name`: the one on record, else the one `compute` finds.
+
+        A name may be asked for more than once; the second time stands for the second record of
+        that name. Numbers come back exactly as they were, tuples as lists. A `DataError` or
+        `VerifyError` of `compute` is a finding too: it is kept, and raised again.
+
+        Raises:
+            OutputError: the record cannot be written.
+            TypeError: the figure is not made of what JSON can hold.
+        """
+        place = self._asked[name]
+        self._asked[name] += 1
+        kept = self._kept.get(name, ())
+        if place < len(kept):
+            self.recalled += 1
+            return _value(kept[place])
+        self.computed += 1
+        record = _attempt(name, compute)
+        text = json.dumps(record)
+        if self.path is not None:
+            _append(self.path, text)
+        return _value(json.loads(text))
+
+    def remove(self) -> None:
+        """Removes the file, as its run has come to an end, and those of other keys beside it."""
+        if self.path is not None:
+            remove_all(self.path.with_name(self.path.name.rpartition("-")[0]))
+
+    def remove_if_empty(self) -> None:
+        """Removes a file that holds nothing worth coming back to."""
+        if self.path is not None and not self.found and not self.computed:
+            self.path.unlink(missing_ok=True)
+
+    def _open(self, key: str, fresh: bool) -> None:
+        assert self.path is not None
+        head = {"format": FORMAT, "key": key}
+        records, length = _read(self.path)
+        size = self.path.stat().st_size if records else 0
+        resumes = records[:1] == [head] and not fresh
+        self.notes = _notes(self.path, len(records) - 1, fresh=fresh, damaged=length < size)
+        if not resumes:
+            self.path.unlink(missing_ok=True)
+            _append(self.path, json.dumps(head))
+            atomic.sync(self.path.parent)
+            return
+        os.truncate(self.path, length)
+        for record in records[1:]:
+            self._kept.setdefault(record["name"], []).append(record)
+        self.found = len(records) - 1
+
+
+def remove_all(path: Path) -> None:
+    """Removes the journals of every key at the stem `path`."""
+    for file in path.parent.iterdir():
+        if _OWN.fullmatch(file.name.removeprefix(path.name)) and file.name.startswith(path.name):
+            file.unlink(missing_ok=True)
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        atomic.append(path, f"{_checksum(text)} {text}\n")
+    except OSError as error:
+        raise _trouble(error, path) from error
+
+
+def _attempt(name: str, compute: Callable[[], JSON]) -> dict[str, JSON]:
+    try:
+        return {"name": name, "value": compute()}
+    except tuple(_KEPT_ERRORS.values()) as error:
+        told = {"found": error.found, "file": error.file, "place": error.place, "hint": error.hint}
+        return {"name": name, "error": [type(error).__name__, told]}
+
+
+def _value(record: dict[str, JSON]) -> JSON:
+    if "error" in record:
+        kind, told = record["error"]
+        raise _KEPT_ERRORS[kind](**told)
+    return record["value"]
+
+
+def _read(path: Path) -> tuple[list[JSON], int]:
+    """Returns the records before the first damage, and how many bytes they take."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        return [], 0
+    with os.fdopen(number, "rb") as file:
+        lines = file.read(MAX_BYTES).splitlines(keepends=True)
+    records: list[JSON] = []
+    for line in lines:
+        record = _parse(line, is_first=not records)
+        if record is None:
+            break
+        records.append(record)
+    return records, sum(map(len, lines[: len(records)]))
+
+
+def _parse(line: bytes, *, is_first: bool) -> JSON | None:
+    """Returns the record on a line, None when it is damaged or no record."""
+    try:
+        checksum, _, text = line.decode().partition(" ")
+        if not text.endswith("\n") or checksum != _checksum(text[:-1]):
+            return None
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if is_first or _is_record(record) else None
+
+
+def _is_record(record: JSON) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return False
+    if "error" not in record:
+        return "value" in record
+    try:
+        _value(record)
+    except tuple(_KEPT_ERRORS.values()):
+        return True
+    except (TypeError, ValueError, KeyError):
+        return False
+    return False
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _notes(path: Path, count: int, *, fresh: bool, damaged: bool) -> tuple[str, ...]:
+    if fresh:
+        text = f"{count} measurements of an interrupted run are dropped, as --resume was not given"
+        return (text,) if count > 0 else ()
+    if count < 0:
+        return ("nothing to resume: no interrupted run of this model, data and options",)
+    text = f"an interrupted run goes on after {count} measurements"
+    return (f"{text}; {path.name} was damaged behind them" if damaged else text,)
+
+
+def _trouble(error: OSError, path: Path) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = (
+        "the disk is full"
+        if full
+        else f"the journal cannot be kept: {os.strerror(error.errno or 0)}"
+    )
+    return OutputError(text, file=path, hint="free some space or choose another --out")
