@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from redpass.config import Settings
 from redpass.data import Batches
 from redpass.errors import PassError, RedpassError, VerifyError
 from redpass.facts import Facts
+from redpass.lineage import extend
 from redpass.passes.spec import format_pass
 from redpass.plan import Action, Exactness, Pass, Plan
 from redpass.program import Program, Step
@@ -69,7 +70,7 @@ class Engine:
     def __post_init__(self) -> None:
         check_rules(self.program)
         self.facts = Facts(self.program, self.calibration)
-        self.baseline = self.program
+        self.baseline = self.source = self.program
 
     @cached_property
     def inputs(self) -> Sequence[Mapping[str, Tensor]]:
@@ -116,6 +117,8 @@ class Engine:
     def adopt(self, program: Program, pass_: Pass, actions: Sequence[Action], check: Check) -> None:
         """Makes `program` the current one, with a step in its history."""
         keys = tuple(action.key for action in actions)
+        if pass_.exactness is Exactness.APPROXIMATE:
+            program = replace(program, lineage=extend(self.program, self.source, actions))
         self.program = program.with_steps(Step(format_pass(pass_), keys, check.reason))
         self.facts = Facts(self.program, self.calibration)
         if pass_.exactness is Exactness.APPROXIMATE:

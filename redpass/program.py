@@ -103,14 +103,36 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+class Lineage:
+    """How a program came from the one that was loaded, without the exact rewrites.
+
+    Attributes:
+        source: the program as it was loaded.
+        plain: `source` with the approximate actions alone: what a form is written from that can
+            hold fewer layers and other values, but no rewritten graph. None where an action
+            could not be repeated on `source`.
+        fault: why `plain` is None, else "".
+    """
+
+    source: Program
+    plain: Program | None
+    fault: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
-    """A graph in core form with its weights. Compared by identity; never edited in place."""
+    """A graph in core form with its weights. Compared by identity; never edited in place.
+
+    Attributes:
+        lineage: None until an approximate action was applied.
+    """
 
     graph: fx.Graph
     weights: Mapping[str, Tensor]
     signature: Signature
     origin: Origin
     steps: tuple[Step, ...] = ()
+    lineage: Lineage | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))

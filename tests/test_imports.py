@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
     {"text", "program", "ops", "data", "plan", "stored"},
-    {"rewrite", "facts", "analysis", "verify", "reproducer"},
+    {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {"engine", "recipe", "budget", "summary", "pipeline", "frontend", "export", "runtime", "bench"},
     {"report", "cli"},
