@@ -1,0 +1,175 @@
+"""Compiles kernels for GPUs that this machine does not have, and says what they would use.
+
+`triton.compile` needs no device when the target is named; `cuobjdump`, which ships with Triton,
+reads registers, stack and shared memory off the result. A kernel that spills, or asks for more
+shared memory than the card has, is known before any time on a card is spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redpass.errors import ExportError, UsageError, nearest
+
+TARGETS: Mapping[str, int] = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90}
+"""Name of an architecture -> its compute capability."""
+
+SHARED_LIMIT: Mapping[str, int] = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+}
+"""Bytes of shared memory one block may use (CUDA C++ Programming Guide, compute capabilities)."""
+
+ALIGNED = 16
+"""Addresses and sizes that are multiples of this let the compiler load 16 bytes at once."""
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class AotReport:
+    """What one kernel compiled for one architecture uses.
+
+    Attributes:
+        kernel: name of the kernel function.
+        target: architecture, such as `sm_90`.
+        registers: registers a thread.
+        spills: bytes a thread keeps on the stack because registers did not suffice.
+        shared: bytes of shared memory a block.
+        ptx: the assembly text.
+        cubin: the machine code.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+    cubin: bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs on that architecture without spilling."""
+        return not self.spills and self.shared <= SHARED_LIMIT[self.target]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel function with the types it is compiled for.
+
+    Attributes:
+        fn: a function made by `triton.jit`.
+        signature: argument name -> Triton type: `*fp16`, `i32`, `fp32`, or `constexpr`.
+        constants: values of the constexpr arguments.
+        aligned: arguments that are multiples of 16; pointers made by PyTorch are.
+        options: `num_warps`, `num_stages`.
+    """
+
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: frozenset[str]
+    options: Mapping[str, int]
+
+
+def check_targets(text: str) -> tuple[str, ...]:
+    """Returns the architectures named in `sm_80,sm_90`. Raises `UsageError` for an unknown one."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in TARGETS:
+            hint = nearest(name, TARGETS)
+            raise UsageError(f"unknown architecture '{name}'", place="--aot", hint=hint)
+    return names
+
+
+def compile_kernel(spec: KernelSpec, target: str, cache: Path) -> AotReport:
+    """Compiles one kernel for `target`; a GPU is not needed.
+
+    Args:
+        cache: folder for the compiler's cache; nothing is written anywhere else.
+
+    Raises:
+        ExportError: Triton is missing, interprets, or refuses the kernel.
+    """
+    compiled = _compiled(spec, target, cache)
+    code = compiled.asm["cubin"]
+    registers, stack, static, local = _usage(code, cache)
+    shared = max(static, int(compiled.metadata.shared))
+    return AotReport(
+        spec.fn.__name__, target, registers, stack + local, shared, compiled.asm["ptx"], code
+    )
+
+
+def _compiled(spec: KernelSpec, target: str, cache: Path) -> Any:
+    name = getattr(spec.fn, "__name__", str(spec.fn))
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError as error:
+        hint = "pip install triton"
+        raise ExportError("triton is not installed", place=name, hint=hint) from error
+    if not isinstance(spec.fn, triton.JITFunction):
+        hint = "unset TRITON_INTERPRET; interpreted kernels cannot be compiled"
+        raise ExportError("the kernel is interpreted", place=name, hint=hint)
+    places = {argument: place for place, argument in enumerate(spec.fn.arg_names)}
+    source = triton.compiler.ASTSource(
+        fn=spec.fn,
+        signature={argument: spec.signature[argument] for argument in spec.fn.arg_names},
+        constexprs={(places[key],): value for key, value in spec.constants.items()},
+        attrs={(places[key],): [["tt.divisibility", ALIGNED]] for key in sorted(spec.aligned)},
+    )
+    # Said outright, because its default is about to change.
+    options = {**spec.options, "enable_fp_fusion": True}
+    try:
+        with _cached_in(cache):
+            return triton.compile(
+                source, target=GPUTarget("cuda", TARGETS[target], 32), options=options
+            )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"does not compile for {target}: {first}", place=name) from error
+
+
+@contextlib.contextmanager
+def _cached_in(folder: Path) -> Iterator[None]:
+    """Points Triton's cache at `folder`, and back."""
+    from triton import knobs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder)
+        yield
+
+
+def _usage(code: bytes, cache: Path) -> tuple[int, int, int, int]:
+    """Registers, stack, static shared memory and local memory of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    number, name = tempfile.mkstemp(suffix=".cubin", dir=cache)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(code)
+        done = subprocess.run(
+            [tool, "-res-usage", name], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ExportError(f"cuobjdump does not run: {error.strerror}", file=tool) from error
+    finally:
+        os.unlink(name)
+    found = _USAGE.search(done.stdout)
+    if found is None:
+        raise ExportError("cuobjdump says nothing of registers", file=tool, hint=done.stderr[:200])
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, stack, shared, local
