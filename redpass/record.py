@@ -141,6 +141,42 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """Quality at one share removed.
+
+    Attributes:
+        removed: share of the cost that is gone, 0 for the untouched model, below 1.
+        quality: the metric there.
+        stderr: its standard error, NaN where it is not known.
+        label: what was done to get there (the action that was added last), or "".
+    """
+
+    removed: float
+    quality: float
+    stderr: float = float("nan")
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality against the share removed, for one method; points by rising share.
+
+    Curves with equal `metric` and `cost` are drawn in one plot.
+
+    Attributes:
+        method: the method in words: `verified greedy on branches`.
+        metric: what `quality` is; `better` says whether `lower` or `higher` is better.
+        cost: what is removed: `parameters`, `flops`...
+    """
+
+    method: str
+    metric: str
+    better: str
+    points: list[CurvePoint]
+    cost: str = "parameters"
+
+
+@dataclass(frozen=True)
 class LatencyRecord:
     """One comparison of original and result in one runner; times in milliseconds, medians.
 
@@ -184,6 +220,7 @@ class RunRecord:
 
     Attributes:
         verdict: `met`, `missed`, `no budget` or `dry run`.
+        curves: quality against share removed: the run's own path, and others to compare it with.
         dims: named dimensions with their ranges in words.
         machine: CPU, threads, versions.
     """
@@ -211,6 +248,7 @@ class RunRecord:
     notes: list[str]
     machine: dict[str, str]
     seconds: float
+    curves: list[Curve] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Returns the record as JSON text, indented, with stable key order."""
