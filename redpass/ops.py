@@ -82,6 +82,17 @@ JOINS = frozenset({"cat", "concat", "concatenate"})
 FILLS = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
 """ATen ops that take sizes and dtype from their first operand and never read its elements."""
 
+ALIASES = {
+    "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "concat": "cat",
+    "concatenate": "cat", "swapaxes": "transpose.int", "swapdims": "transpose.int",
+    "moveaxis": "movedim",
+    "absolute": "abs", "negative": "neg", "clip": "clamp", "greater": "gt", "greater_equal": "ge",
+    "less": "lt", "less_equal": "le", "not_equal": "ne", "arctan": "atan", "arctan2": "atan2",
+    "det": "linalg_det", "inverse": "linalg_inv", "special_expit": "sigmoid", "special_erf": "erf",
+    "special_softmax": "softmax.int", "special_log_softmax": "log_softmax.int",
+}  # fmt: skip
+"""ATen ops with two names -> the one that graphs hold."""
+
 LOOKUPS = frozenset({"embedding"})
 """ATen ops that return rows of their first operand as they are."""
 
@@ -252,3 +263,12 @@ def argument(node: fx.Node, *names: str) -> Any:
 
 def _has_zero_rate(node: fx.Node) -> bool:
     return bool(argument(node, "p") == 0)
+
+
+def one_name(target: Any) -> Any:
+    """Returns the overload under the name that graphs hold, for ATen ops that have two."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return target
+    name = target._schema.name.removeprefix("aten::")
+    packet, _, overload = ALIASES.get(name, name).partition(".")
+    return getattr(getattr(aten, packet), overload or target._overloadname, target)

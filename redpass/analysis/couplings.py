@@ -160,6 +160,8 @@ class Couplings:
         shape = self._sizes(node)
         x = self.axes[node.args[0]]  # type: ignore[index]
         dims: Any = node.args[1] if len(node.args) > 1 else None
+        if isinstance(dims, fx.Node):  # the larger of two values, not the largest of one
+            return self._elementwise(node)
         if dims is None:
             return None
         gone = {d % len(x) for d in (dims if isinstance(dims, list | tuple) else [dims])}

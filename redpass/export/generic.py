@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -41,13 +42,20 @@ def translate_generic(program: Program, opset: int, reason: str) -> ir.Model:
         assert found is not None
         model = found.model
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"no ONNX form: {reason}; torch.onnx.export: {first}",
+            f"no ONNX form: {reason}; torch.onnx.export: {_root(error)}",
             hint="write a .pt2, which holds every op",
         ) from error
     common.InlinePass()(model)
     return model
+
+
+def _root(error: BaseException) -> str:
+    """Returns the first line of what began it, without the colours of a terminal."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ import torch
 from redpass.errors import LoadError
 from redpass.frontend import safetensors_check
 
+FLOATS = ("Infinity", "-Infinity", "NaN")
+"""What transformers writes as `{"__float__": "Infinity"}`, because JSON has no word for it."""
+
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
 """Keys of a configuration that name code to run."""
 
@@ -92,6 +95,8 @@ def _clean(value: Any, removed: list[str]) -> Any:
         return [_clean(part, removed) for part in value]
     if not isinstance(value, dict):
         return value
+    if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
+        return float(value["__float__"])
     kept = {}
     for key, part in value.items():
         if key in CODE_KEYS:

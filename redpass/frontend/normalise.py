@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from redpass.errors import TraceError
-from redpass.ops import aten
+from redpass.ops import aten, one_name
 
 IDENTITIES = frozenset(
     {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
@@ -202,7 +202,8 @@ class _Copier:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         args, kwargs = self._map(node.args), self._map(dict(node.kwargs))
-        copy = self.core.graph.create_node("call_function", node.target, args, kwargs, node.name)
+        target = one_name(node.target)
+        copy = self.core.graph.create_node("call_function", target, args, kwargs, node.name)
         copy.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         if "nn_module_stack" in copy.meta:
             copy.meta["nn_module_stack"] = _shorten(copy.meta["nn_module_stack"], self.prefix)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from redpass import ops
 from redpass.errors import TraceError, UsageError
 from redpass.frontend import NaNWeightsWarning, load, random_inputs
 from redpass.frontend.trace import trace
@@ -251,3 +252,22 @@ def test_batched_products_trace_without_a_word_from_torch(capfd):
     program = trace(Module(), values, dims={"x": ("b", "n", 4), "y": ("b", 4, "m")}, origin=ORIGIN)
     assert program.signature.outputs[0].shape == ("b", "n", "m")
     assert "baddbmm" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("alias", "name"), sorted(ops.ALIASES.items()))
+def test_an_op_with_two_names_has_one_in_the_graph(alias: str, name: str) -> None:
+    packet = getattr(torch.ops.aten, alias)
+    for overload in set(packet.overloads()) - {"out", "out_mode", "Tensor_out", "Scalar_out"}:
+        held = ops.one_name(getattr(packet, overload))._schema
+        assert held.name == f"aten::{name.partition('.')[0]}"
+        given = getattr(packet, overload)._schema
+        assert [str(a.type) for a in held.arguments] == [str(a.type) for a in given.arguments]
+
+
+def test_aliases_are_traced_under_one_name() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.multiply(torch.concat([x, x], -1), 2.0).swapaxes(0, 1)
+
+    program = load(Twice(), example={"x": torch.randn(2, 3)})
+    assert {ops.base_name(n) for n in program.graph.nodes} >= {"mul", "cat", "transpose"}
