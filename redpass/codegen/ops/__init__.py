@@ -1,0 +1,22 @@
+"""The `redpass::` ops: what rewrites need and ATen does not have, each with a Triton kernel.
+
+One folder per op; `op.py` says what is in it. Nothing is registered by importing: call `register`.
+Everything works without Triton and without a GPU; the references run then.
+"""
+
+from __future__ import annotations
+
+from redpass.codegen.ops import add_norm, dispatch
+from redpass.codegen.ops.dispatch import KernelWarning, use_configs_of
+from redpass.codegen.ops.op import Config, Op, register_ops
+
+OPS: dict[str, Op] = {op.name: op for op in (add_norm.OP,)}
+"""All ops by name."""
+
+
+def register() -> None:
+    """Makes `torch.ops.redpass.<name>` of every op known to PyTorch. May be called again."""
+    register_ops(OPS, dispatch.run)
+
+
+__all__ = ["OPS", "Config", "KernelWarning", "Op", "register", "use_configs_of"]

@@ -1,0 +1,121 @@
+"""What an op of redpass consists of, and its registration with PyTorch.
+
+An op is a folder: `reference.py` (plain PyTorch, the truth), `kernel.py` (Triton kernels and the
+launcher, which need nothing of redpass) and an `Op` record that binds them. The record is all that
+tuning, emitting and lowering read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What kernels take. Float64 is left to the reference: no kernel path of interest runs it."""
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut into blocks.
+
+    Attributes:
+        blocks: the kernel's block sizes by their names.
+        warps: warps of one program.
+        stages: depth of the load pipeline of the main loop.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    warps: int = 4
+    stages: int = 1
+
+    @classmethod
+    def of(cls, warps: int = 4, stages: int = 1, **blocks: int) -> Config:
+        """Returns a config, the block sizes given by name."""
+        return cls(tuple(sorted(blocks.items())), warps, stages)
+
+    def options(self) -> dict[str, int]:
+        """Returns what a Triton launch takes by keyword."""
+        return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One `redpass::` op.
+
+    The functions take the op's arguments in the order of the schema, all of them.
+
+    Attributes:
+        name: the name after `redpass::`.
+        schema: arguments and results as `torch.library` writes them.
+        reference: plain PyTorch; runs on every device and dtype, exports to standard ops.
+        fake: empty results of the right shape, for tracing.
+        launch: `launch(options, *arguments)` runs the kernel; `options` is `Config.options()`.
+        refuses: "" or the reason why the kernel does not take these arguments. Cheap: it is
+            asked at each call. What holds for all ops (dtype, device) is not its business.
+        kind: what the kernel is specialised by: each new kind passes a self-test first.
+        probe: small arguments of the same kind, with random contents, on the same device.
+        configs: the configs worth trying for these arguments, the default first.
+        samples: (label, arguments on the meta device) of typical size for a dtype: what is
+            compiled ahead of time.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    launch: Callable[..., Any]
+    refuses: Callable[..., str]
+    kind: Callable[..., Hashable]
+    probe: Callable[..., Arguments]
+    configs: Callable[..., tuple[Config, ...]]
+    samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
+
+
+def tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """Returns the tensors among an op's arguments."""
+    return [argument for argument in arguments if isinstance(argument, Tensor)]
+
+
+def random_like(tensor: Tensor, *shape: int, scale: float = 1.0) -> Tensor:
+    """Returns normal numbers of a tensor's dtype and device, the same at each call."""
+    generator = torch.Generator().manual_seed(sum(shape) + len(shape))
+    return (scale * torch.randn(shape, generator=generator)).to(tensor.device, tensor.dtype)
+
+
+_LIBRARY: list[torch.library.Library] = []
+"""Holds the library while the process lives: torch forgets the ops when it is collected."""
+
+
+def register_ops(ops: Mapping[str, Op], on_gpu: Callable[..., Any]) -> None:
+    """Registers ops under `redpass::`, once.
+
+    `define`/`impl` rather than `custom_op` or `triton_op`: a third of the overhead of the first
+    per call, and the second asks for a GPU driver when it is compiled or checked.
+
+    Args:
+        ops: by name.
+        on_gpu: `on_gpu(op, *arguments)`, what a call on a GPU does.
+    """
+    if _LIBRARY:
+        return
+    library = torch.library.Library("redpass", "FRAGMENT")
+    for op in ops.values():
+        library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(op.name, op.reference, "CPU")
+        library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        library.impl(op.name, _bound(on_gpu, op), "CUDA")
+        library.impl(op.name, op.fake, "Meta")
+    _LIBRARY.append(library)
+
+
+def _bound(on_gpu: Callable[..., Any], op: Op) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return on_gpu(op, *arguments)
+
+    return call

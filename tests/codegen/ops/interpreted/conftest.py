@@ -1,0 +1,52 @@
+"""Runs kernels in Triton's interpreter, on CPU tensors, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from redpass.codegen.ops import Config, Op
+from redpass.codegen.ops.checking import disagreement
+from redpass.codegen.ops.op import tensors
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Fresh memory is NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+Check = Callable[..., Any]
+
+
+@pytest.fixture
+def check() -> Check:
+    """Runs the kernel of an op; the result must be as right as PyTorch's in the same dtype."""
+
+    def run(op: Op, *arguments: Any, config: Config | None = None, bf16: bool = False) -> Any:
+        # The interpreter keeps bfloat16 as 16-bit integers, and most arithmetic on it is wrong.
+        assert bf16 or all(t.dtype != torch.bfloat16 for t in tensors(arguments))
+        assert op.refuses(*arguments) == ""
+        chosen = config or op.configs(*arguments)[0]
+        found = op.launch(chosen.options(), *arguments)
+        assert disagreement(op, arguments, found) == ""
+        return found
+
+    return run
+
+
+@pytest.fixture
+def random() -> Callable[..., torch.Tensor]:
+    """Normal numbers: `random(2, 3)`, `random(4, dtype=torch.float16)`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return draw
