@@ -15,8 +15,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from redpass.codegen.ops.dispatch import has_triton
+from redpass.codegen.ops.op import Arguments, Config, Op
+from redpass.codegen.ops.recorded import Launch, recorded
 from redpass.errors import ExportError, UsageError, nearest
 
 TARGETS: Mapping[str, int] = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90}
@@ -29,9 +31,6 @@ SHARED_LIMIT: Mapping[str, int] = {
     "sm_90": 227 * 1024,
 }
 """Bytes of shared memory one block may use (CUDA C++ Programming Guide, compute capabilities)."""
-
-ALIGNED = 16
-"""Addresses and sizes that are multiples of this let the compiler load 16 bytes at once."""
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -64,25 +63,6 @@ class AotReport:
         return not self.spills and self.shared <= SHARED_LIMIT[self.target]
 
 
-@dataclass(frozen=True)
-class KernelSpec:
-    """One kernel function with the types it is compiled for.
-
-    Attributes:
-        fn: a function made by `triton.jit`.
-        signature: argument name -> Triton type: `*fp16`, `i32`, `fp32`, or `constexpr`.
-        constants: values of the constexpr arguments.
-        aligned: arguments that are multiples of 16; pointers made by PyTorch are.
-        options: `num_warps`, `num_stages`.
-    """
-
-    fn: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    aligned: frozenset[str]
-    options: Mapping[str, int]
-
-
 def check_targets(text: str) -> tuple[str, ...]:
     """Returns the architectures named in `sm_80,sm_90`. Raises `UsageError` for an unknown one."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
@@ -93,52 +73,48 @@ def check_targets(text: str) -> tuple[str, ...]:
     return names
 
 
-def compile_kernel(spec: KernelSpec, target: str, cache: Path) -> AotReport:
-    """Compiles one kernel for `target`; a GPU is not needed.
+def build(
+    op: Op, arguments: Arguments, target: str, cache: Path, config: Config | None = None
+) -> tuple[AotReport, ...]:
+    """Compiles every kernel that one call of `op` launches; a GPU is not needed.
 
     Args:
+        arguments: what the call is given, on the meta device; see `Op.samples`.
+        target: a name in `TARGETS`.
         cache: folder for the compiler's cache; nothing is written anywhere else.
+        config: the op's default for these arguments when not given.
 
     Raises:
-        ExportError: Triton is missing, interprets, or refuses the kernel.
+        ExportError: Triton is missing, interprets, or refuses a kernel.
     """
-    compiled = _compiled(spec, target, cache)
+    if not has_triton():
+        hint = "pip install triton"
+        raise ExportError("triton is not installed", place=op.name, hint=hint)
+    launches = recorded(op, config or op.configs(*arguments)[0], *arguments)
+    return tuple(compile_launch(launch, target, cache) for launch in launches)
+
+
+def compile_launch(launch: Launch, target: str, cache: Path) -> AotReport:
+    """Compiles the kernel of one launch. Raises as `build` does."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    # Said outright, because its default is about to change.
+    options = {**launch.options, "enable_fp_fusion": True}
+    try:
+        with _cached_in(cache):
+            compiled = triton.compile(
+                launch.source(), target=GPUTarget("cuda", TARGETS[target], 32), options=options
+            )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"does not compile for {target}: {first}", place=launch.name) from error
     code = compiled.asm["cubin"]
     registers, stack, static, local = _usage(code, cache)
     shared = max(static, int(compiled.metadata.shared))
     return AotReport(
-        spec.fn.__name__, target, registers, stack + local, shared, compiled.asm["ptx"], code
+        launch.name, target, registers, stack + local, shared, compiled.asm["ptx"], code
     )
-
-
-def _compiled(spec: KernelSpec, target: str, cache: Path) -> Any:
-    name = getattr(spec.fn, "__name__", str(spec.fn))
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-    except ImportError as error:
-        hint = "pip install triton"
-        raise ExportError("triton is not installed", place=name, hint=hint) from error
-    if not isinstance(spec.fn, triton.JITFunction):
-        hint = "unset TRITON_INTERPRET; interpreted kernels cannot be compiled"
-        raise ExportError("the kernel is interpreted", place=name, hint=hint)
-    places = {argument: place for place, argument in enumerate(spec.fn.arg_names)}
-    source = triton.compiler.ASTSource(
-        fn=spec.fn,
-        signature={argument: spec.signature[argument] for argument in spec.fn.arg_names},
-        constexprs={(places[key],): value for key, value in spec.constants.items()},
-        attrs={(places[key],): [["tt.divisibility", ALIGNED]] for key in sorted(spec.aligned)},
-    )
-    # Said outright, because its default is about to change.
-    options = {**spec.options, "enable_fp_fusion": True}
-    try:
-        with _cached_in(cache):
-            return triton.compile(
-                source, target=GPUTarget("cuda", TARGETS[target], 32), options=options
-            )
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"does not compile for {target}: {first}", place=name) from error
 
 
 @contextlib.contextmanager

@@ -8,18 +8,21 @@ reason is said once, and the default configuration runs.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from redpass import atomic
+from redpass.codegen.ops.op import Arguments, Config, Op, tensors
+from redpass.manifest import digest
 
 FORMAT = "redpass-tuning-1"
 
@@ -55,31 +58,31 @@ class Shape:
     Attributes:
         op: name of the op.
         digest: SHA-256 of the kernel's source, hex.
-        dtype: element type, such as `bfloat16`.
-        fixed: sizes that the model fixes: widths, ranks, heads.
-        varying: sizes that change from call to call: rows, past length.
+        kind: what the op says its kernel is specialised by: dtype, widths, ranks, heads.
+        sizes: sizes of the tensors among the arguments, one after the other.
     """
 
     op: str
     digest: str
-    dtype: str
-    fixed: Mapping[str, int]
-    varying: Mapping[str, int]
+    kind: str
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, op: Op, arguments: Arguments) -> Shape:
+        """Returns the shape of one call; sizes that are symbolic are left out."""
+        found = [size for tensor in tensors(arguments) for size in tensor.shape]
+        fixed = found if all(isinstance(size, int) for size in found) else []
+        return cls(op.name, source_digest(op), repr(op.kind(*arguments)), tuple(map(int, fixed)))
 
     @property
     def bucket(self) -> Shape:
-        """The shape whose figures stand for this one: varying sizes rounded up to a power of 2."""
-        return replace(self, varying={k: round_up(n) for k, n in self.varying.items()})
+        """The shape whose figures stand for this one: sizes rounded up to powers of 2."""
+        return replace(self, sizes=tuple(map(round_up, self.sizes)))
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """Something to compare and look up by."""
-        return (*self.kind, tuple(sorted(self.varying.items())))
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
+    def place(self) -> tuple[str, str, str]:
         """What all shapes of one place in a model share."""
-        return (self.op, self.digest, self.dtype, tuple(sorted(self.fixed.items())))
+        return (self.op, self.digest, self.kind)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Timing:
 
     Attributes:
         shape: the bucket.
-        config: the fastest configuration.
+        config: the fastest configuration, as `Config.options` gives it.
         micros: median time of the kernel with it.
         rival: what it was compared with, the fastest of those tried.
         rival_micros: median time of the rival.
@@ -115,30 +118,29 @@ class Records:
     """
 
     device: Device | None = None
-    timings: Mapping[tuple[Any, ...], Timing] = field(default_factory=dict)
+    timings: Mapping[Shape, Timing] = field(default_factory=dict)
     trouble: str = ""
 
-    def config(self, shape: Shape, default: Mapping[str, int]) -> Mapping[str, int]:
-        """Returns the configuration for `shape`: of its bucket, else the nearest, else `default`.
+    def config(self, shape: Shape) -> Config | None:
+        """Returns the configuration for `shape`: of its bucket, else of the nearest one.
 
-        Nearest is by ratio of sizes among buckets of the same kind.
+        Nearest is by ratio of sizes among buckets of the same kind; None when there is none.
         """
-        same = [t for t in self.timings.values() if t.shape.kind == shape.kind]
-        exact = self.timings.get(shape.bucket.key)
-        if exact is not None:
-            return exact.config
-        near = min(same, key=lambda t: _distance(t.shape, shape), default=None)
-        return default if near is None else near.config
+        if (exact := self.timings.get(shape.bucket)) is not None:
+            return as_config(exact.config)
+        same = [t for t in self.timings.values() if t.shape.place == shape.place]
+        near = min(same, key=lambda t: _distance(t.shape.sizes, shape.sizes), default=None)
+        return None if near is None else as_config(near.config)
 
-    def verdict(self, kind: tuple[Any, ...]) -> tuple[bool, str]:
-        """Whether the kernel wins for a place of this kind, and the figures in words.
+    def verdict(self, shape: Shape) -> tuple[bool, str]:
+        """Whether the kernel wins for places of this kind, and the figures in words.
 
         It wins when it is faster by `MARGIN` on the geometric mean of all buckets measured, and
         slower by more than `MARGIN` on none: sizes that vary are not known ahead of a call.
         """
         if self.device is None:
             return False, self.trouble or "no GPU: kernels were not measured on this device"
-        found = [t for t in self.timings.values() if t.shape.kind == kind]
+        found = [t for t in self.timings.values() if t.shape.place == shape.place]
         if not found:
             return False, self.trouble or f"not measured on {self.device.name}"
         mean = math.exp(sum(math.log(t.ratio) for t in found) / len(found))
@@ -146,6 +148,17 @@ class Records:
         text = f"{mean:.2f} of the time of {worst.rival} on {self.device.name}"
         text += f" over {len(found)} shapes, at worst {worst.ratio:.2f}"
         return mean <= 1 - MARGIN and worst.ratio <= 1 + MARGIN, text
+
+
+def source_digest(op: Op) -> str:
+    """Returns the SHA-256 of the kernel's source, hex: figures of another source do not count."""
+    return digest(Path(inspect.getfile(op.launch)).with_name("kernel.py"))
+
+
+def as_config(options: Mapping[str, int]) -> Config:
+    """Returns the config that `Config.options` turned into `options`."""
+    blocks = {key: size for key, size in options.items() if not key.startswith("num_")}
+    return Config.of(warps=options["num_warps"], stages=options["num_stages"], **blocks)
 
 
 def round_up(size: int) -> int:
@@ -181,7 +194,7 @@ def read(folder: Path, device: Device | None) -> Records:
         trouble = f"the tuning file {path} is ignored: {_first_line(error)}"
         say_once(trouble)
         return Records(device, trouble=trouble)
-    return Records(device, {timing.shape.key: timing for timing in timings})
+    return Records(device, {timing.shape: timing for timing in timings})
 
 
 def write(folder: Path, device: Device, timings: Iterable[Timing]) -> Path:
@@ -192,8 +205,8 @@ def write(folder: Path, device: Device, timings: Iterable[Timing]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = dict(read(folder, device).timings)
-    known |= {timing.shape.key: timing for timing in timings}
-    items = [_as_json(known[key]) for key in sorted(known, key=str)]
+    known |= {timing.shape: timing for timing in timings}
+    items = [asdict(known[shape]) for shape in sorted(known, key=str)]
     data = {"format": FORMAT, "device": device.name, "driver": device.driver, "timings": items}
     path = folder / device.file
     fresh = folder / f".{device.file}.partial-{os.getpid()}-{secrets.token_hex(4)}"
@@ -223,44 +236,22 @@ def _parse(data: Any, device: Device) -> list[Timing]:
 
 
 def _timing(item: Mapping[str, Any]) -> Timing:
-    shape = Shape(
-        str(item["op"]),
-        str(item["digest"]),
-        str(item["dtype"]),
-        _sizes(item["fixed"]),
-        _sizes(item["varying"]),
-    )
+    about, config = item["shape"], dict(item["config"])
+    sizes = tuple(about["sizes"])
+    if not all(type(value) is int for value in (*sizes, *config.values())):
+        raise ValueError("a size is no whole number")
+    as_config(config)
+    shape = Shape(str(about["op"]), str(about["digest"]), str(about["kind"]), sizes)
     micros, rival_micros = float(item["micros"]), float(item["rival_micros"])
     if not (0 < micros < math.inf and 0 < rival_micros < math.inf):
         raise ValueError("a time is no positive number")
-    return Timing(shape, _sizes(item["config"]), micros, str(item["rival"]), rival_micros)
+    return Timing(shape, config, micros, str(item["rival"]), rival_micros)
 
 
-def _sizes(item: Mapping[str, Any]) -> dict[str, int]:
-    if not all(type(value) is int for value in item.values()):
-        raise ValueError("a size is no whole number")
-    return dict(item)
-
-
-def _as_json(timing: Timing) -> dict[str, Any]:
-    shape = timing.shape
-    return {
-        "op": shape.op,
-        "digest": shape.digest,
-        "dtype": shape.dtype,
-        "fixed": dict(shape.fixed),
-        "varying": dict(shape.varying),
-        "config": dict(timing.config),
-        "micros": timing.micros,
-        "rival": timing.rival,
-        "rival_micros": timing.rival_micros,
-    }
-
-
-def _distance(left: Shape, right: Shape) -> float:
-    names = left.varying.keys() | right.varying.keys()
-    pairs = [(left.varying.get(name, 1) or 1, right.varying.get(name, 1) or 1) for name in names]
-    return sum(abs(math.log(a / b)) for a, b in pairs)
+def _distance(left: Sequence[int], right: Sequence[int]) -> float:
+    if len(left) != len(right):
+        return math.inf
+    return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(left, right, strict=True))
 
 
 def _first_line(error: Exception) -> str:

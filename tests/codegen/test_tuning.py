@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from redpass.codegen import tuning
+from redpass.codegen.ops import add_norm
+from redpass.codegen.ops.op import Config
 from redpass.codegen.tuning import Device, Records, Shape, Timing
 
 CARD = Device("NVIDIA H100 80GB HBM3", "580.1")
-SHAPE = Shape("residual_norm", "ab" * 32, "bfloat16", {"width": 4096}, {"rows": 2000})
-TIMING = Timing(SHAPE.bucket, {"num_warps": 8}, 10.0, "torch.compile", 15.0)
+SHAPE = Shape("add_norm", "ab" * 32, "('bfloat16', 4000)", (2000, 4000))
+BEST = Config.of(warps=8, BLOCK=4096)
+TIMING = Timing(SHAPE.bucket, BEST.options(), 10.0, "torch.compile", 15.0)
 
 
 @pytest.fixture
@@ -34,13 +38,17 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-def timed(rows: int, micros: float, rival: float = 10.0, **config: int) -> Timing:
-    shape = replace(SHAPE, varying={"rows": rows})
-    return Timing(shape, config or {"num_warps": 4}, micros, "torch.compile", rival)
+def timed(rows: int, micros: float, rival: float = 10.0, warps: int = 4) -> Timing:
+    config = Config.of(warps=warps, BLOCK=4096).options()
+    return Timing(at(rows), config, micros, "torch.compile", rival)
+
+
+def at(rows: int) -> Shape:
+    return replace(SHAPE, sizes=(rows, 4096))
 
 
 def records(*timings: Timing, device: Device | None = CARD) -> Records:
-    return Records(device, {timing.shape.key: timing for timing in timings})
+    return Records(device, {timing.shape: timing for timing in timings})
 
 
 @given(size=st.integers(0, 1 << 40))
@@ -55,7 +63,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     path = tuning.write(tmp_path, CARD, [TIMING])
     found = tuning.read(tmp_path, CARD)
     assert path.parent == tmp_path
-    assert found.timings == {TIMING.shape.key: TIMING}
+    assert found.timings == {TIMING.shape: TIMING}
     assert found.trouble == ""
     assert [file.name for file in tmp_path.iterdir()] == [CARD.file]
 
@@ -91,7 +99,9 @@ def spoiled(text: str) -> dict[str, str]:
         "no timings": json.dumps({k: v for k, v in data.items() if k != "timings"}),
         "time zero": with_item(micros=0),
         "time NaN": with_item(micros=float("nan")),
-        "a size in words": with_item(config={"num_warps": "4"}),
+        "a size in words": with_item(config={"num_warps": "4", "num_stages": 1}),
+        "a config without warps": with_item(config={"num_stages": 1}),
+        "a shape without op": with_item(shape={"sizes": []}),
         "nested too deep": "[" * 100_000,
     }
 
@@ -105,10 +115,9 @@ def test_a_damaged_file_is_ignored_and_said_once(
 ) -> None:
     path = tuning.write(tmp_path, CARD, [TIMING])
     path.write_text(spoiled(path.read_text())[kind])
-    default = {"num_warps": 2}
     first, _ = tuning.read(tmp_path, CARD), tuning.read(tmp_path, CARD)
-    assert first.config(SHAPE, default) == default
-    assert first.verdict(SHAPE.kind)[0] is False
+    assert first.config(SHAPE) is None
+    assert first.verdict(SHAPE)[0] is False
     assert len(said) == 1
     assert f"{path} is ignored" in said[0]
 
@@ -134,16 +143,15 @@ def test_a_folder_in_place_of_the_file_is_ignored(tmp_path: Path) -> None:
 def test_another_kernel_source_has_no_figures() -> None:
     known = records(timed(16, 5.0))
     changed = replace(SHAPE, digest="cd" * 32)
-    assert known.config(changed, {}) == {}
-    assert known.verdict(changed.kind) == (False, f"not measured on {CARD.name}")
+    assert known.config(changed) is None
+    assert known.verdict(changed) == (False, f"not measured on {CARD.name}")
 
 
 def test_the_bucket_decides_then_the_nearest() -> None:
-    known = records(timed(16, 5.0, num_warps=1), timed(2048, 5.0, num_warps=8))
-    assert known.config(SHAPE, {}) == {"num_warps": 8}
-    assert known.config(replace(SHAPE, varying={"rows": 9}), {}) == {"num_warps": 1}
-    assert known.config(replace(SHAPE, varying={"rows": 40}), {}) == {"num_warps": 1}
-    assert known.config(replace(SHAPE, varying={"rows": 1000}), {}) == {"num_warps": 8}
+    known = records(timed(16, 5.0, warps=1), timed(2048, 5.0, warps=8))
+    found = {rows: known.config(at(rows)) for rows in (9, 40, 1000, 2000)}
+    assert [config.warps for config in found.values() if config] == [1, 1, 8, 8]
+    assert known.config(SHAPE) == BEST
 
 
 @pytest.mark.parametrize(
@@ -160,18 +168,29 @@ def test_a_kernel_wins_where_it_is_faster_and_nowhere_slower(
     micros: list[float], wins: bool
 ) -> None:
     known = records(*(timed(16 << place, time) for place, time in enumerate(micros)))
-    found, reason = known.verdict(SHAPE.kind)
+    found, reason = known.verdict(SHAPE)
     assert found is wins
     assert CARD.name in reason
     assert f"{max(micros) / 10:.2f}" in reason
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
-    assert records(device=None).verdict(SHAPE.kind) == (
+    assert records(device=None).verdict(SHAPE) == (
         False,
         "no GPU: kernels were not measured on this device",
     )
     assert tuning.read(Path("/nowhere"), None) == Records()
+
+
+def test_the_shape_of_a_call_is_read_off_its_arguments() -> None:
+    label, arguments = next(iter(add_norm.OP.samples(torch.float16)))
+    found = Shape.of(add_norm.OP, arguments)
+    assert found.sizes == (4, 2048, 4096) * 2 + (4096,), label
+    assert found.digest == tuning.source_digest(add_norm.OP)
+    assert len(found.digest) == 64
+    assert found.place == Shape.of(add_norm.OP, (arguments[0][:1], *arguments[1:])).place
+    wider = (*(a[..., :4000] for a in arguments[:3]), *arguments[3:])
+    assert found.place != Shape.of(add_norm.OP, wider).place
 
 
 def test_the_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,11 @@
+"""Where in a graph each `redpass::` op could stand: one file a pattern, found from data flow."""
+
+from __future__ import annotations
+
+from redpass.codegen.patterns import add_norm
+from redpass.codegen.patterns.site import Finder, Site
+
+PATTERNS: tuple[Finder, ...] = (add_norm.find,)
+"""In the order in which they choose their nodes: a node belongs to one place."""
+
+__all__ = ["PATTERNS", "Finder", "Site"]
