@@ -105,6 +105,12 @@ def remove_leftovers(target: Path, *, alone: bool = False) -> None:
             _remove(path)
 
 
+def journal_of(target: Path) -> Path:
+    """Returns the stem of the names under which a run that writes `target` keeps its journal."""
+    final = _resolve(target)
+    return final.with_name(f".{final.name}.journal")
+
+
 def abandon_all() -> None:
     """Removes what this process is still writing; for an exit that cannot wait for `finally`."""
     for final in list(_LIVE):

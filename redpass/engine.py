@@ -17,6 +17,7 @@ from redpass.config import Settings
 from redpass.data import Batches
 from redpass.errors import PassError, RedpassError, VerifyError
 from redpass.facts import Facts
+from redpass.journal import Journal
 from redpass.lineage import extend
 from redpass.passes.spec import format_pass
 from redpass.plan import Action, Exactness, Pass, Plan
@@ -54,6 +55,7 @@ class Engine:
         calibration: data for analyses, or None.
         applied: actions applied so far, over all passes; what the limit counts.
         recipe: per pass its spec and the keys of the actions applied.
+        journal: keeps what was measured, for a run that is resumed.
     """
 
     program: Program
@@ -66,10 +68,11 @@ class Engine:
     actions: list[ActionRecord] = field(default_factory=list)
     skips: list[SkipRecord] = field(default_factory=list)
     recipe: list[tuple[str, list[str]]] = field(default_factory=list)
+    journal: Journal = field(default_factory=Journal)
 
     def __post_init__(self) -> None:
         check_rules(self.program)
-        self.facts = Facts(self.program, self.calibration)
+        self.facts = Facts(self.program, self.calibration, self.journal)
         self.baseline = self.source = self.program
 
     @cached_property
@@ -120,7 +123,7 @@ class Engine:
         if pass_.exactness is Exactness.APPROXIMATE:
             program = replace(program, lineage=extend(self.program, self.source, actions))
         self.program = program.with_steps(Step(format_pass(pass_), keys, check.reason))
-        self.facts = Facts(self.program, self.calibration)
+        self.facts = Facts(self.program, self.calibration, self.journal)
         if pass_.exactness is Exactness.APPROXIMATE:
             self.baseline = self.program
             self.__dict__.pop("_references", None)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from redpass.data import Batches
 from redpass.errors import DataError, PassError
+from redpass.journal import JSON, Journal
 from redpass.program import Program
 
 T = TypeVar("T")
@@ -25,10 +26,12 @@ class Facts:
     Args:
         program: the program all results are about.
         calibration: data for analyses that measure activations, or None.
+        journal: keeps what analyses measured, for a run that is resumed.
     """
 
     program: Program
     calibration: Batches | None = None
+    journal: Journal = field(default_factory=Journal)
     _results: dict[Any, Any] = field(default_factory=dict)
     _allowed: tuple[Any, ...] | None = None
 
@@ -41,13 +44,20 @@ class Facts:
         if self._allowed is not None and analysis not in self._allowed:
             raise PassError(f"analysis '{analysis.__name__}' is not in the pass's `needs`")
         if analysis not in self._results:
-            unrestricted = Facts(self.program, self.calibration, self._results)
+            unrestricted = Facts(self.program, self.calibration, self.journal, self._results)
             self._results[analysis] = analysis(self.program, unrestricted)
         return self._results[analysis]  # type: ignore[no-any-return]
 
     def restrict(self, analyses: tuple[Any, ...]) -> Facts:
         """Returns a view that answers for `analyses` only and shares all results."""
-        return Facts(self.program, self.calibration, self._results, analyses)
+        return Facts(self.program, self.calibration, self.journal, self._results, analyses)
+
+    def recall(self, name: str, compute: Callable[[], JSON]) -> JSON:
+        """Returns what an interrupted run measured on this program as `name`, or measures it.
+
+        For figures that take a run over the calibration data. They come back as JSON holds them.
+        """
+        return self.journal.recall(f"{name}, program {self.program.digest[:16]}", compute)
 
     def data(self) -> Batches:
         """Returns the calibration data. Raises `DataError` when there is none."""

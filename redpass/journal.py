@@ -8,18 +8,21 @@ alone then repeats the decisions of the killed one and ends with the same result
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from redpass import atomic
-from redpass.errors import DataError, OutputError, RedpassError, VerifyError
+from redpass.errors import BudgetError, DataError, OutputError, RedpassError, VerifyError
+from redpass.progress import Listener
 
 JSON = Any
 """None, a boolean, number or text, or lists and dicts (with text keys) of them."""
@@ -44,13 +47,14 @@ class Journal:
         found: how many records were there when it was opened.
         recalled: how many figures were read back instead of being computed.
         computed: how many were computed.
-        notes: what to tell the user about the state the file was found in.
+        note: what to tell the user about the state the file was found in, or "".
+        is_warning: whether the user may have expected something else.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.found = self.recalled = self.computed = 0
-        self.notes: tuple[str, ...] = ()
+        self.note, self.is_warning = "", False
         self._kept: dict[str, list[JSON]] = {}
         self._asked: dict[str, int] = defaultdict(int)
 
@@ -59,7 +63,7 @@ class Journal:
         """Opens the journal of one piece of work, and makes it when it is not there.
 
         Each key has a file of its own, so a try with other options costs no figures. A damaged
-        file, or one cut while a record was being written, counts up to the damage; `notes` says so.
+        file, or one cut while a record was being written, counts up to the damage; `note` says so.
 
         Args:
             path: the stem of the file's name, in a folder that exists. None for a journal that
@@ -96,11 +100,10 @@ class Journal:
         if place < len(kept):
             self.recalled += 1
             return _value(kept[place])
-        self.computed += 1
-        record = _attempt(name, compute)
-        text = json.dumps(record)
+        text = json.dumps(_attempt(name, compute))
         if self.path is not None:
             _append(self.path, text)
+        self.computed += 1
         return _value(json.loads(text))
 
     def remove(self) -> None:
@@ -119,7 +122,8 @@ class Journal:
         records, length = _read(self.path)
         size = self.path.stat().st_size if records else 0
         resumes = records[:1] == [head] and not fresh
-        self.notes = _notes(self.path, len(records) - 1, fresh=fresh, damaged=length < size)
+        self.note = _note(len(records) - 1, fresh=fresh, damaged=length < size)
+        self.is_warning = not resumes or length < size
         if not resumes:
             self.path.unlink(missing_ok=True)
             _append(self.path, json.dumps(head))
@@ -129,6 +133,30 @@ class Journal:
         for record in records[1:]:
             self._kept.setdefault(record["name"], []).append(record)
         self.found = len(records) - 1
+
+
+@contextlib.contextmanager
+def kept_until_done(journal: Journal, listener: Listener) -> Iterator[None]:
+    """Tells what the journal was opened with, and removes it where there is nothing to resume.
+
+    That is after a budget that cannot be met, and before the first figure; what ends the block
+    otherwise (a signal, a full disk, a fault) leaves the records for the next run, and carries
+    a note that says so.
+    """
+    if journal.note and journal.is_warning:
+        warnings.warn(journal.note, stacklevel=1)
+    elif journal.note:
+        listener.message(journal.note)
+    try:
+        yield
+    except BudgetError:
+        journal.remove()
+        raise
+    except BaseException as error:
+        journal.remove_if_empty()
+        if journal.path is not None and journal.found + journal.computed:
+            error.add_note("what was measured is kept: run the same command with --resume")
+        raise
 
 
 def remove_all(path: Path) -> None:
@@ -207,14 +235,14 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _notes(path: Path, count: int, *, fresh: bool, damaged: bool) -> tuple[str, ...]:
+def _note(count: int, *, fresh: bool, damaged: bool) -> str:
     if fresh:
         text = f"{count} measurements of an interrupted run are dropped, as --resume was not given"
-        return (text,) if count > 0 else ()
+        return text if count > 0 else ""
     if count < 0:
-        return ("nothing to resume: no interrupted run of this model, data and options",)
+        return "nothing to resume: no interrupted run of this model, data and options"
     text = f"an interrupted run goes on after {count} measurements"
-    return (f"{text}; {path.name} was damaged behind them" if damaged else text,)
+    return f"{text}; its journal was damaged behind them" if damaged else text
 
 
 def _trouble(error: OSError, path: Path) -> OutputError:

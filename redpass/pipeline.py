@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import redpass
 from redpass import config
@@ -20,6 +21,7 @@ from redpass.data import Batches, Splits
 from redpass.engine import Engine
 from redpass.errors import BudgetError, DataError
 from redpass.facts import Facts
+from redpass.journal import Journal, kept_until_done
 from redpass.passes import default_pipeline
 from redpass.passes.spec import format_pass, parse_passes
 from redpass.plan import Exactness, Pass
@@ -33,6 +35,7 @@ from redpass.summary import (
     machine,
     matrices,
     measured_similarity,
+    work_key,
 )
 from redpass.verify.metrics import find_metric
 from redpass.verify.originals import Originals
@@ -63,6 +66,8 @@ def optimize(
     sizes: dict[str, int] | None = None,
     seed: int = 0,
     command: str = "",
+    journal: Path | None = None,
+    resume: bool = False,
 ) -> Result:
     """Optimises a program.
 
@@ -74,6 +79,8 @@ def optimize(
         sizes: dimension sizes at which FLOPs are counted.
         seed: seeds the inputs that before and after are compared on.
         command: the command line, for the report.
+        journal: stem of the file that keeps what was measured until the result is written.
+        resume: go on with what an earlier run of the same work left there.
 
     Raises:
         UsageError: an unknown pass, option, metric, or a budget that makes no sense.
@@ -88,7 +95,10 @@ def optimize(
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())
     run.sizes = sizes or usual_sizes(program)
     run.seed, run.command = seed, command
-    return run.go(chosen)
+    key = work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
+    run.journal = Journal.open(journal, key, fresh=not resume)
+    with kept_until_done(run.journal, run.listener):
+        return run.go(chosen)
 
 
 def _passes(passes: str | Sequence[Pass] | None, budget: Budget) -> tuple[Pass, ...]:
@@ -122,13 +132,13 @@ class _Run:
     sizes: dict[str, int] = None  # type: ignore[assignment]  # set right after construction
     seed: int = 0
     command: str = ""
+    journal: Journal = field(default_factory=Journal)
     _known: dict[tuple[str, int | None], Originals] = field(default_factory=dict)
 
     def go(self, passes: Sequence[Pass]) -> Result:
         started = time.perf_counter()
-        self.engine = Engine(
-            self.original, self.settings, self.listener, self.seed, self._calibration()
-        )
+        shared = (self.settings, self.listener, self.seed, self._calibration())
+        self.engine = Engine(self.original, *shared, journal=self.journal)
         self.before = cost_record(self.original, self.sizes)
         self.quality: list[QualityRecord] = []
         self.searches: list[Search] = []
@@ -151,7 +161,8 @@ class _Run:
         key = (split, most)
         if key not in self._known:
             part: Batches = getattr(self.data, split)
-            self._known[key] = Originals(self.original, part[:most] if most else part)
+            part = part[:most] if most else part
+            self._known[key] = Originals(self.original, part, journal=self.journal)
         return self._known[key]
 
     def _check_possible(self) -> None:
@@ -226,7 +237,8 @@ class _Run:
     def _record(self, verdict: str, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin
         base = self.searches[0].facts if self.searches else None
-        measured = measured_similarity(base or Facts(self.original, self._calibration()))
+        start = Facts(self.original, self._calibration(), self.journal)
+        measured = measured_similarity(base or start)
         dropped = {a.target for search in self.searches for a in search.accepted}
         return RunRecord(
             version=redpass.__version__,

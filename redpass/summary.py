@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 
 import torch
 
+import redpass
 from redpass.analysis import cost, structure
 from redpass.analysis.similarity import Similarity, similarity
+from redpass.budget.spec import Budget
+from redpass.config import Settings
+from redpass.data import Splits
 from redpass.facts import Facts
+from redpass.passes.spec import format_pass
+from redpass.plan import Pass
 from redpass.program import Program
 from redpass.record import BranchRecord, Matrix
 
@@ -66,3 +74,33 @@ def machine() -> dict[str, str]:
 def dimension_range(low: int, high: int | None) -> str:
     """Returns a dimension's range in words."""
     return f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def work_key(
+    program: Program,
+    passes: Sequence[Pass],
+    budget: Budget,
+    data: Splits | None,
+    settings: Settings,
+    sizes: dict[str, int],
+    seed: int,
+) -> str:
+    """Returns what two runs must have in common for one to go on with the other's figures."""
+    parts = (data.calibration, data.choosing, data.reporting) if data else ()
+    decisive = {k: v for k, v in asdict(settings).items() if k in ("limit", "skip", "check")}
+    work = (
+        redpass.__version__,
+        machine(),
+        program.origin.digest,
+        program.digest,
+        [format_pass(pass_) for pass_ in passes],
+        str(budget),
+        [
+            (part.digest(), [sorted((k, v.shape) for k, v in b.items()) for b in part])
+            for part in parts
+        ],
+        decisive,
+        sizes,
+        seed,
+    )
+    return hashlib.sha256(repr(work).encode()).hexdigest()

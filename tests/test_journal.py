@@ -38,7 +38,7 @@ def filled(path: Path, key: str = "work") -> Path:
 def test_figures_are_read_back_and_not_computed(path: Path) -> None:
     filled(path)
     journal = Journal.open(path, "work")
-    assert journal.notes == ("an interrupted run goes on after 3 measurements",)
+    assert journal.note == "an interrupted run goes on after 3 measurements"
     assert {name: journal.recall(name, never) for name in FIGURES} == FIGURES
     assert math.copysign(1, journal.recall("d", lambda: -0.0)) == -1
     assert (journal.found, journal.recalled, journal.computed) == (3, 3, 1)
@@ -108,7 +108,7 @@ def test_other_work_has_a_journal_of_its_own(path: Path) -> None:
     filled(path)
     other = Journal.open(path, "other work")
     assert other.found == 0
-    assert "nothing to resume" in other.notes[0]
+    assert "nothing to resume" in other.note
     assert Journal.open(path, "work").found == 3
 
 
@@ -116,9 +116,9 @@ def test_fresh_drops_what_is_there_and_says_so(path: Path) -> None:
     filled(path)
     journal = Journal.open(path, "work", fresh=True)
     assert journal.found == 0
-    assert "3 measurements of an interrupted run are dropped" in journal.notes[0]
+    assert "3 measurements of an interrupted run are dropped" in journal.note
     assert Journal.open(path, "work").found == 0
-    assert Journal.open(path, "new", fresh=True).notes == ()
+    assert Journal.open(path, "new", fresh=True).note == ""
 
 
 def test_the_end_of_a_run_removes_all_journals_of_its_target(path: Path) -> None:
@@ -170,8 +170,10 @@ def test_any_changed_byte_is_damage(path: Path) -> None:
 def test_damage_behind_whole_records_is_told(path: Path) -> None:
     file = filled(path)
     file.write_bytes(file.read_bytes()[:-3])
-    assert "goes on after 2 measurements; .out.journal-" in Journal.open(path, "work").notes[0]
-    assert "was damaged behind them" not in Journal.open(path, "work").notes[0]
+    assert (
+        "goes on after 2 measurements; its journal was damaged" in Journal.open(path, "work").note
+    )
+    assert "damaged" not in Journal.open(path, "work").note
 
 
 def test_a_full_disk_is_named_and_leaves_whole_records(

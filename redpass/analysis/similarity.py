@@ -10,7 +10,7 @@ attention or feed-forward branch alone (LLM-Drop, He et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ def similarity(program: Program, facts: Facts) -> Similarity:
     Raises:
         DataError: no calibration data, or a branch whose values are NaN or infinite (named).
     """
-    return measure(program, facts.get(structure), facts.data())
+    found, data = facts.get(structure), facts.data()
+    kept = facts.recall("similarity", lambda: asdict(measure(program, found, data)))
+    branches = {label: BranchSimilarity(**figures) for label, figures in kept["branches"].items()}
+    return Similarity(branches, tuple(kept["labels"]), tuple(map(tuple, kept["cosines"])))
 
 
 def measure(program: Program, found: Structure, data: Batches) -> Similarity:

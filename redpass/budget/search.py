@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from redpass.budget.accounting import cost_record
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
@@ -23,7 +23,7 @@ from redpass.passes.spec import format_pass
 from redpass.plan import Action, Pass, Replace
 from redpass.program import Program
 from redpass.progress import track
-from redpass.record import CostRecord, QualityRecord
+from redpass.record import CostRecord, QualityRecord, from_json
 from redpass.verify.estimate import Estimate
 from redpass.verify.metrics import evaluate_all, find_metric
 from redpass.verify.originals import Originals
@@ -171,11 +171,22 @@ class Search:
 def measure(
     budget: Budget, program: Program, originals: Originals, split: str
 ) -> dict[str, QualityRecord]:
-    """Measures every limit's metric on the data of `originals`.
+    """Measures every limit's metric on the data of `originals`, or recalls what was measured.
 
     Returns:
         Metric name -> record.
     """
+    name = f"quality, {split}, {len(originals.batches)} batches, program {program.digest[:16]}"
+    found = originals.journal.recall(
+        name,
+        lambda: {k: asdict(v) for k, v in _measure(budget, program, originals, split).items()},
+    )
+    return {metric: from_json(QualityRecord, record) for metric, record in found.items()}
+
+
+def _measure(
+    budget: Budget, program: Program, originals: Originals, split: str
+) -> dict[str, QualityRecord]:
     metrics = {limit.metric: find_metric(limit.metric) for limit in budget.limits}
     found = evaluate_all(
         list(metrics.values()),

@@ -28,11 +28,11 @@ def show(error: BaseException, *, debug: bool = False) -> int:
     if debug and not isinstance(error, Stopped):
         traceback.print_exception(error)
     if isinstance(error, Stopped | KeyboardInterrupt):
-        _print("stopped", "nothing was written")
+        _print("stopped", "nothing was written", _notes(error))
         return getattr(error, "exit_code", INTERRUPTED)
     if isinstance(error, RedpassError):
         text = ": ".join(part for part in (error.file, error.place, error.found) if part)
-        _print(f"error[{error.code}]", text, error.hint)
+        _print(f"error[{error.code}]", text, _notes(error, error.hint))
         return error.exit_code
     if isinstance(error, _ParserError):
         return _show_parser_error(error)
@@ -47,6 +47,12 @@ def show(error: BaseException, *, debug: bool = False) -> int:
     hint = f"this is a fault of redpass; the traceback is in {_keep_traceback(error)}"
     _print("error[internal]", found, hint)
     return FAULT
+
+
+def _notes(error: BaseException, hint: str | None = None) -> str | None:
+    """Returns the hint and the notes that were added on the error's way up, a line each."""
+    lines = [*([hint] if hint else []), *getattr(error, "__notes__", ())]
+    return "\n".join(lines) or None
 
 
 def _show_parser_error(error: BaseException) -> int:

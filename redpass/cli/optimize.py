@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from redpass.artifact import journal_of
 from redpass.cli import sources
 from redpass.cli.options import (
     Budget,
@@ -24,6 +25,7 @@ from redpass.cli.options import (
 )
 from redpass.cli.screen import Screen
 from redpass.errors import BudgetError, UsageError
+from redpass.journal import remove_all
 from redpass.progress import Listener
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ def optimize(
     dry: Annotated[
         bool, Option("--dry-run", help="Show what could be done; write nothing.")
     ] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on where a run that was stopped or killed had come to.")
+    ] = False,
 ) -> None:
     """Remove redundancy from MODEL, check the result, write it to --out."""
     formats = sources.check_formats(result.format)
@@ -69,6 +74,7 @@ def optimize(
         raise UsageError(
             "no place for the result", place="--out", hint="name a folder, or --dry-run"
         )
+    job.journal, job.resume = journal_of(result.out), resume
     with _staged(result, model) as folder:
         try:
             with screen.listening() as listener:
@@ -77,6 +83,7 @@ def optimize(
         except BudgetError as error:
             _show_miss(screen, error)
             raise
+    remove_all(job.journal)
     _finish(screen, record, _written(result.out))
 
 
@@ -95,6 +102,8 @@ class Job:
     ) -> None:
         self.model, self.source, self.rows, self.options = model, source, rows, run
         self.data, self.budget, self.passes = data, budget, passes
+        self.journal: Path | None = None
+        self.resume = False
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
         """Loads the model and the data, and optimises.
@@ -127,6 +136,8 @@ class Job:
             listener=listener,
             seed=self.options.seed,
             command=command_line(),
+            journal=self.journal,
+            resume=self.resume,
         )
 
     def plan(self, screen: Screen) -> RunRecord:

@@ -156,4 +156,5 @@ def _own_warnings(screen: Screen) -> Iterator[None]:
 
 def _warn(screen: Screen, text: str) -> None:
     if not screen.run.quiet:
-        screen.err.print(Text.assemble(("warning", "bold yellow"), ": ", clean(text, 400)))
+        line = Text.assemble(("warning", "bold yellow"), ": ", clean(text, 400))
+        screen.err.print(line, soft_wrap=True)

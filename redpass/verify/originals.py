@@ -9,6 +9,7 @@ from torch import Tensor
 
 from redpass.data import Batches
 from redpass.errors import DataError, nearest
+from redpass.journal import Journal
 from redpass.program import Port, Program
 from redpass.verify.inputs import complete
 
@@ -48,12 +49,20 @@ class Originals:
         batches: the data; `evaluate` takes this cache for the same data only.
         port: the output to keep; None as in `quality_port`.
         limit: bytes of outputs to keep.
+        journal: remembers what programs measured on these data, for a run that is resumed.
     """
 
     def __init__(
-        self, program: Program, batches: Batches, *, port: str | None = None, limit: int = LIMIT
+        self,
+        program: Program,
+        batches: Batches,
+        *,
+        port: str | None = None,
+        limit: int = LIMIT,
+        journal: Journal | None = None,
     ) -> None:
         self.program, self.batches, self.limit = program, batches, limit
+        self.journal = journal or Journal(None)
         self.port = quality_port(program, port).name
         self.bytes = 0
         self._outputs: dict[int, Tensor] = {}

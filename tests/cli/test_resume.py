@@ -1,0 +1,116 @@
+"""A run that was stopped goes on with --resume: the same result, hardly anything measured twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import BUDGET, Files, Run
+
+from redpass.budget import search
+from redpass.cli.signals import Stopped
+
+TIMES = ("seconds", "latency", "passes", "command")
+"""What two reports of one result may differ in."""
+
+
+class Meter:
+    """Counts measurements, and stops the run in place of number `last`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.last: int | None = None
+
+    def __call__(self, budget, program, originals, split):
+        if len(self.done) == self.last:
+            raise Stopped(signal.SIGTERM)
+        found = REAL(budget, program, originals, split)
+        self.done.append(f"{split} {len(originals.batches)} {program.digest}")
+        return found
+
+
+REAL = search._measure
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meter]:
+    found = Meter()
+    monkeypatch.setattr(search, "_measure", found)
+    return found
+
+
+@pytest.fixture
+def optimize(run: Run, files: Files):
+    def call(*more: object):
+        words = (files.model, "--data", files.data, *BUDGET, "--out", files.out, "--no-bench")
+        return run("optimize", *words, *more)
+
+    return call
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """Every file of a result but for the times in it."""
+    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    report = json.loads(found.pop("report.json"))
+    found["report"] = json.dumps({k: v for k, v in report.items() if k not in TIMES}).encode()
+    return {k: v for k, v in found.items() if k not in ("report.html", "manifest.json")}
+
+
+def hidden(files: Files) -> list[str]:
+    return sorted(p.name for p in files.out.parent.glob(".out*"))
+
+
+def test_stopped_at_any_measurement_and_resumed(optimize, files: Files, meter: Meter) -> None:
+    assert optimize().code == 0
+    expected, whole = result(files.out), meter.done
+    assert len(whole) > 4
+    assert hidden(files) == []
+    for last in (0, 1, len(whole) // 2, len(whole) - 1):
+        meter.done, meter.last = [], last
+        stopped = optimize("--force")
+        assert stopped.code == 143
+        assert "nothing was written" in stopped.err
+        assert ("--resume" in stopped.err) == bool(last)
+        assert result(files.out) == expected, "the older result is untouched"
+        assert len(hidden(files)) == bool(last)
+        meter.last = None
+        resumed = optimize("--force", "--resume")
+        assert resumed.code == 0
+        assert meter.done == whole, "nothing measured twice, nothing left out"
+        assert ("nothing to resume" in resumed.err) == (not last)
+        assert result(files.out) == expected
+        assert hidden(files) == []
+
+
+def test_without_resume_it_starts_afresh_and_says_so(optimize, files: Files, meter: Meter) -> None:
+    meter.last = 3
+    assert optimize().code == 143
+    meter.done, meter.last = [], None
+    again = optimize()
+    assert "measurements of an interrupted run are dropped, as --resume was not given" in again.err
+    assert len(meter.done) > 3
+    assert hidden(files) == []
+
+
+def test_other_options_do_not_take_over_the_figures(optimize, files: Files, meter: Meter) -> None:
+    meter.last = 3
+    assert optimize().code == 143
+    meter.done, meter.last = [], None
+    other = optimize("--resume", "--seed", 5)
+    assert other.code == 0
+    assert "nothing to resume" in other.err
+    assert len(meter.done) > 3
+    assert hidden(files) == []
+
+
+def test_a_missed_budget_leaves_no_journal(run: Run, files: Files, meter: Meter) -> None:
+    found = run(
+        "optimize", files.model, "--data", files.data, "--passes", "drop_branches",
+        "--budget", "relative_error<=0.05,flops<=-99%", "--out", files.out,
+    )  # fmt: skip
+    assert found.code == 7
+    assert meter.done
+    assert hidden(files) == []
