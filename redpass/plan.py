@@ -97,13 +97,39 @@ class DropState:
 
 
 @dataclass(frozen=True)
+class DropTerm:
+    """Lets the sum at the add `join` do without its operand `term`; the other one stands for it.
+
+    Several terms of one sum can be dropped, by one action or by several, in any order.
+    """
+
+    join: str
+    term: str
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """Lets whoever reads the value `after` read the earlier value `entry`.
+
+    Unlike with `Replace`, parts that overlap go together: what one of them leaves out stays out.
+
+    Attributes:
+        inside: values between the two that another `Bypass` may end or begin at.
+    """
+
+    after: str
+    entry: str
+    inside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Erase:
     """Removes a node that nobody reads. What only it read goes with it."""
 
     node: str
 
 
-Edit = Insert | Replace | SetArgument | SetWeight | DropState | Erase
+Edit = Insert | Replace | SetArgument | SetWeight | DropState | DropTerm | Bypass | Erase
 
 
 @dataclass(frozen=True)

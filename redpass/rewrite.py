@@ -7,12 +7,10 @@ dead, and returns a new `Program`. The program it was given is untouched; weight
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -22,7 +20,9 @@ from redpass import ops
 from redpass.errors import PassError
 from redpass.plan import (
     Action,
+    Bypass,
     DropState,
+    DropTerm,
     Edit,
     Erase,
     Insert,
@@ -34,6 +34,7 @@ from redpass.plan import (
     WeightRef,
 )
 from redpass.program import Program, Signature, copy_graph, output_node
+from redpass.state import resource_sizes
 
 
 def apply(program: Program, actions: Iterable[Action]) -> Program:
@@ -64,6 +65,8 @@ class _Draft:
     weights: dict[str, Tensor] = field(init=False)
     signature: Signature = field(init=False)
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    without: dict[fx.Node, set[int]] = field(default_factory=dict)
+    bypasses: list[Bypass] = field(default_factory=list)
     inserted: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -88,6 +91,10 @@ class _Draft:
             raise PassError(f"{type(edit).__name__} failed: {error}", place=action.key) from error
 
     def finish(self) -> Program:
+        self._bypass()
+        if self.without:
+            drop_dead(self.graph)  # a sum that nobody reads any more needs no operand
+            shorten_sums(self.graph, self.without)
         drop_dead(self.graph)
         kept = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         weights = {name: tensor for name, tensor in self.weights.items() if name in kept}
@@ -120,6 +127,33 @@ class _Draft:
             # Nodes this action inserted may compute the new value from the old one: they keep it.
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inserted)
             self.moved[old] = new
+
+    def _DropTerm(self, edit: DropTerm) -> None:
+        join, term = self.nodes[edit.join], self._find(edit.term)
+        places = [place for place, operand in enumerate(join.args) if operand is term]
+        if not ops.is_call(join, "add") or len(places) != 1:
+            raise PassError(f"'{edit.term}' is no single term of the sum", place=edit.join)
+        self.without.setdefault(join, set()).add(places[0])
+
+    def _Bypass(self, edit: Bypass) -> None:
+        for name in (edit.after, edit.entry):
+            self._find(name)
+        self.bypasses.append(edit)
+
+    def _bypass(self) -> None:
+        """Does all bypasses at once: a value that one of them leaves out stands for its entry."""
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        stands_for: dict[fx.Node, fx.Node] = {}
+        for edit in self.bypasses:
+            entry = self._find(edit.entry)
+            for name in (edit.after, *edit.inside):
+                known = stands_for.get(self._find(name), entry)
+                stands_for[self._find(name)] = min(known, entry, key=order.__getitem__)
+        for after in dict.fromkeys(self._find(edit.after) for edit in self.bypasses):
+            target = stands_for[after]
+            while target in stands_for:
+                target = stands_for[target]
+            after.replace_all_uses_with(target)
 
     def _Erase(self, edit: Erase) -> None:
         node = self.nodes.pop(edit.node)
@@ -213,6 +247,37 @@ def set_literal(old: fx.Node, value: float) -> None:
         reader.kwargs = fx.node.map_arg(reader.kwargs, lambda node: value if node is old else node)
 
 
+def shorten_sums(graph: fx.Graph, without: Mapping[fx.Node, set[int]]) -> None:
+    """Takes terms out of sums, all at once, so that the terms of one sum go in any order.
+
+    A sum that loses both operands is nothing: it leaves the sum that reads it, too.
+
+    Args:
+        without: add node -> places of the operands that go.
+
+    Raises:
+        PassError: something else than a sum reads a sum that nothing is left of.
+    """
+    gone: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in without and not any(operand in gone for operand in node.all_input_nodes):
+            continue
+        places = without.get(node, set()) | {
+            i for i, a in enumerate(node.args[:2]) if _is_in(a, gone)
+        }
+        if ops.is_call(node, "add") and len(places) == 1:
+            kept: Any = node.args[1 - min(places)]
+            node.replace_all_uses_with(kept)
+        elif ops.is_call(node, "add", *ops.CASTS, *ops.COPIES, *ops.DROPOUTS):
+            gone.add(node)
+        else:
+            raise PassError("nothing is left of a sum that it reads", place=node.name)
+
+
+def _is_in(value: Any, nodes: set[fx.Node]) -> bool:
+    return isinstance(value, fx.Node) and value in nodes
+
+
 def drop_dead(graph: fx.Graph) -> int:
     """Erases pure nodes nobody reads, and inputs marked as dropped. Returns how many."""
     count = 0
@@ -222,63 +287,3 @@ def drop_dead(graph: fx.Graph) -> int:
             graph.erase_node(node)
             count += 1
     return count
-
-
-def size_expression(node: fx.Node) -> sympy.Expr | None:
-    """Returns the expression of a symbolic size node, an integer as a constant, else None."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymInt):
-        return value.node.expr
-    return sympy.Integer(value) if isinstance(value, int) else None
-
-
-def resource_sizes(graph: fx.Graph, source: fx.Node) -> None:
-    """Lets every size read off `source` be read off other inputs, or a difference of two.
-
-    A cache entry can be dropped only when no size comes from it alone.
-
-    Raises:
-        PassError: a size that no other inputs give.
-    """
-    sizes = [user for user in source.users if ops.is_call(user, "sym_size")]
-    for size in sizes:
-        wanted = size_expression(size)
-        with graph.inserting_before(_after_inputs(graph)):
-            new = _find_size(graph, source, wanted)
-            if new is None:
-                raise PassError(f"no other input gives the size {wanted}", place=source.name)
-        new.meta["val"] = size.meta["val"]
-        size.replace_all_uses_with(new)
-        graph.erase_node(size)
-
-
-def _find_size(graph: fx.Graph, source: fx.Node, wanted: Any) -> fx.Node | None:
-    sizes = [
-        (node, axis, size.node.expr)
-        for node in graph.nodes
-        if node.op == "placeholder" and node is not source and not node.meta.get("dropped")
-        for axis, size in enumerate(getattr(node.meta["val"], "shape", ()))
-        if isinstance(size, torch.SymInt)
-    ]
-    for node, axis, expression in sizes:
-        if expression == wanted:
-            return graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
-    for node, axis, expression in sizes:
-        for other, other_axis, subtracted in sizes:
-            if sympy.simplify(expression - subtracted - wanted) == 0:
-                return _difference(graph, (node, axis), (other, other_axis))
-    return None
-
-
-def _difference(graph: fx.Graph, left: tuple[fx.Node, int], right: tuple[fx.Node, int]) -> fx.Node:
-    nodes = []
-    for node, axis in (left, right):
-        size = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
-        size.meta["val"] = node.meta["val"].shape[axis]
-        nodes.append(size)
-    return graph.call_function(operator.sub, tuple(nodes))
-
-
-def _after_inputs(graph: fx.Graph) -> fx.Node:
-    last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    return last.next

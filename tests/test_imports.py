@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
-    {"text", "program", "ops", "data", "plan", "stored"},
+    {"text", "program", "ops", "data", "plan", "partial", "state", "stored"},
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {"engine", "recipe", "budget", "summary", "pipeline", "frontend", "export", "runtime", "bench"},

@@ -9,7 +9,7 @@ from torch import nn
 import redpass
 from redpass import rewrite
 from redpass.errors import PassError
-from redpass.plan import Action, Insert, Ref, Replace, SetArgument, SetWeight, WeightRef
+from redpass.plan import Action, DropTerm, Insert, Ref, Replace, SetArgument, SetWeight, WeightRef
 
 
 class Two(nn.Module):
@@ -87,3 +87,51 @@ def test_new_weights_get_a_node_and_a_fake_value(two):
 def test_edits_that_cannot_be_done_name_the_place(two, edit, message):
     with pytest.raises(PassError, match=message):
         rewrite.apply(two, [act(edit)])
+
+
+class Parallel(nn.Module):
+    """Two branches on one stream: their sum first, or one after the other onto the stream."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        self.nested = nested
+        self.a, self.b, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        a, b = torch.relu(self.a(x)), torch.relu(self.b(x))
+        return self.last(x + (a + b) if self.nested else x + a + b)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in a row", "summed first"])
+def parallel(request):
+    torch.manual_seed(0)
+    module = Parallel(request.param).eval()
+    return redpass.load(module, example={"x": torch.randn(2, 4)}, inputs=["x:float32[n,4]"])
+
+
+@pytest.mark.parametrize("order", [(0,), (1,), (0, 1), (1, 0)])
+def test_terms_of_one_sum_are_dropped_in_any_order(parallel, order):
+    branches = redpass.structure(parallel).branches
+    assert len(branches) == 2
+    gone = [branches[number] for number in order]
+    after = rewrite.apply(parallel, [act(DropTerm(b.join, b.exit)) for b in gone])
+    x = torch.randn(3, 4)
+    left = [b for b in branches if b not in gone]
+    expected = x
+    for branch in left:
+        weight, bias = (parallel.weights[name] for name in sorted(branch.weights)[::-1])
+        expected = expected + torch.relu(torch.nn.functional.linear(x, weight, bias))
+    last = [parallel.weights[f"last.{name}"] for name in ("weight", "bias")]
+    torch.testing.assert_close(after(x)[0], torch.nn.functional.linear(expected, *last))
+    assert len(after.weights) == 2 + 2 * len(left)
+
+
+def test_a_term_that_is_not_in_the_sum_is_refused(two):
+    with pytest.raises(PassError, match="no single term of the sum"):
+        rewrite.apply(two, [act(DropTerm("add", "linear"))])
+
+
+def test_a_sum_that_nothing_is_left_of_is_refused(two):
+    edits = (DropTerm("add", "relu"), DropTerm("add", "linear_1"))
+    with pytest.raises(PassError, match="output: nothing is left"):
+        rewrite.apply(two, [act(*edits)])

@@ -75,13 +75,19 @@ class Cost:
 def cost(program: Program, facts: Facts | None = None) -> Cost:
     """Counts `program`. Linear in the graph; weights are looked at by shape only."""
     found = structure(program) if facts is None else facts.get(structure)
+    whole = total_cost(program)
+    operations, smallest = dict(whole.operations), whole.smallest
+    branches = {b.label: _branch(program, b, operations, smallest) for b in found.branches}
+    return _with_branches(whole, branches)
+
+
+def total_cost(program: Program) -> Cost:
+    """Counts `program` as a whole, without finding its branches: for costs of many candidates."""
     counted = [(node.name, node_flops(node)) for node in program.graph.nodes]
     operations = {name: flops for name, flops in counted if flops is not None}
     smallest = {name: low for name, (low, _) in program.signature.dims.items()}
     names = {str(node.target) for node in program.weight_nodes}
-    whole = _of(program, names, operations, program.signature.state, smallest)
-    branches = {b.label: _branch(program, b, operations, smallest) for b in found.branches}
-    return _with_branches(whole, branches)
+    return _of(program, names, operations, program.signature.state, smallest)
 
 
 def _branch(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from redpass.analysis import cost
+from redpass.analysis.cost import total_cost
 from redpass.analysis.inspection import DEFAULT_SIZES
-from redpass.facts import Facts
 from redpass.program import Program
 from redpass.record import CostRecord
 
@@ -19,7 +18,7 @@ def usual_sizes(program: Program) -> dict[str, int]:
 
 def cost_record(program: Program, sizes: dict[str, int], file_bytes: int = 0) -> CostRecord:
     """Returns the counted costs of `program`, FLOPs at `sizes`."""
-    found = cost(program, Facts(program))
+    found = total_cost(program)
     known = {name: sizes[name] for name in program.signature.dims if name in sizes}
     return CostRecord(
         parameters=found.parameters,

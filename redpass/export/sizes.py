@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from redpass import ops
 from redpass.errors import ExportError
-from redpass.rewrite import size_expression
+from redpass.state import size_expression
 
 Size = Any
 """A number, or a sympy expression over dimension names."""

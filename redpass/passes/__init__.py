@@ -4,8 +4,10 @@ from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_constant_channels import DropConstantChannels
 from redpass.passes.drop_dead_nodes import DropDeadNodes
 from redpass.passes.drop_identity_gathers import DropIdentityGathers
+from redpass.passes.drop_layers import DropLayers
 from redpass.passes.drop_neutral_operands import DropNeutralOperands
 from redpass.passes.drop_noops import DropNoops
+from redpass.passes.drop_span import DropSpan
 from redpass.passes.fold_batch_norms import FoldBatchNorms
 from redpass.passes.fold_constants import FoldConstants
 from redpass.passes.fold_linear_chains import FoldLinearChains
@@ -37,6 +39,9 @@ CLEANUP: tuple[type[Pass], ...] = (
 REDUCE: tuple[type[Pass], ...] = (DropBranches,)
 """Approximate: each runs only under a budget, or when asked for by name."""
 
+ON_REQUEST: tuple[type[Pass], ...] = (DropLayers, DropSpan)
+"""Approximate: they run when asked for by name; `drop_branches` drops what these would, or less."""
+
 FUSE: tuple[type[Pass], ...] = (
     FoldBatchNorms,
     DropConstantChannels,
@@ -50,7 +55,9 @@ FUSE: tuple[type[Pass], ...] = (
 )
 """Exact, and hides structure (merged projections, folded gains): after everything else."""
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (*CLEANUP, *REDUCE, *FUSE)}
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind for kind in (*CLEANUP, *REDUCE, *ON_REQUEST, *FUSE)
+}
 """Every pass by the name users type."""
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.similarity import similarity
 from redpass.analysis.structure import Branch
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
-from redpass.plan import Action, DropState, Edit, Exactness, Plan, Replace, Skip
+from redpass.passes.depth import NO_STREAM, drop_branch, saving
+from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
 
 RULE = "drop_branches.similar"
@@ -27,12 +27,15 @@ class DropBranches:
     """Removes attention and feed-forward branches the model hardly needs.
 
     What: for a branch with `x' = x + b(x)`, the readers of `x'` read `x`; an attention's cache
-    entries leave the inputs and outputs with it. In post-norm models the norm after the add stays.
+    entries leave the inputs and outputs with it. In post-norm models the norm after the add stays;
+    of parallel branches the others stay in the sum.
     When: never by itself. Each branch is a candidate with its predicted loss, `1 - E cos(x', x)`
     over calibration tokens; a budget decides, branch by branch, on measured quality.
-    Not tried: any repair of what stays, or dropping whole spans at once.
-    Costs: one calibration run, and one quality measurement a candidate.
-    Source: LLM-Drop (He et al. 2024, arXiv:2406.15786), after ShortGPT (Men et al. 2024).
+    Not tried: any repair of what stays (`refit_projections` does that), or whole layers at once
+    (`drop_layers`, `drop_span`).
+    Costs: one calibration run, and quality measurements.
+    Source: LLM-Drop (He et al. 2024, arXiv:2406.15786), after ShortGPT (Men et al. 2024);
+    BlockPruner (Zhong et al. 2024, arXiv:2406.10594) for dropping one at a time on measured loss.
 
     Attributes:
         kinds: which branches are candidates.
@@ -52,7 +55,7 @@ class DropBranches:
         """Plans one action a candidate, the least loss first."""
         branches = facts.get(structure).branches
         if not branches:
-            return Plan(skips=(Skip(RULE, "graph", "no residual stream with branches was found"),))
+            return Plan(skips=(Skip(RULE, "graph", NO_STREAM),))
         if self.only:
             return Plan.of(self._drop(b, None, facts) for b in self._chosen(branches))
         plan = Plan.of(self._judge(branch, facts) for branch in branches)
@@ -76,24 +79,15 @@ class DropBranches:
         return self._drop(branch, cosine, facts)
 
     def _drop(self, branch: Branch, cosine: float | None, facts: Facts) -> Action:
-        edits: list[Edit] = [Replace(branch.join, branch.other)]
-        edits += [DropState(*pair) for pair in branch.state]
-        share = facts.get(cost).by_branch[branch.label]
-        evidence = {} if cosine is None else {"similarity": cosine}
         shown = "named by the user"
         if cosine is not None:
             shown = f"mean cosine {cosine:.4f} between the stream with and without it"
         return Action(
             RULE,
             branch.label,
-            tuple(edits),
+            drop_branch(branch),
             f"{branch.kind} branch, {shown}",
-            evidence,
-            {
-                "parameters": share.parameters,
-                "bytes": share.bytes,
-                "flops": share.flops(DEFAULT_SIZES),
-                "kv_bytes_per_token": share.kv_bytes_per_token,
-            },
+            {} if cosine is None else {"similarity": cosine},
+            saving(facts, [branch]),
             None if cosine is None else 1.0 - cosine,
         )

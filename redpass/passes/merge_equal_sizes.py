@@ -19,7 +19,7 @@ from redpass import ops
 from redpass.facts import Facts
 from redpass.plan import Action, Edit, Exactness, Insert, Literal, Plan, Ref, Replace, Skip
 from redpass.program import Program
-from redpass.rewrite import size_expression
+from redpass.state import size_expression
 
 SAME, INPUT = "merge_equal_sizes.same", "merge_equal_sizes.input"
 CONSTANT = "merge_equal_sizes.constant"
