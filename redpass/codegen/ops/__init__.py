@@ -6,11 +6,13 @@ Everything works without Triton and without a GPU; the references run then.
 
 from __future__ import annotations
 
-from redpass.codegen.ops import add_norm, dispatch
+from redpass.codegen.ops import add_norm, dispatch, gated_feed_forward, low_rank_linear, rotary
 from redpass.codegen.ops.dispatch import KernelWarning, use_configs_of
 from redpass.codegen.ops.op import Config, Op, register_ops
 
-OPS: dict[str, Op] = {op.name: op for op in (add_norm.OP,)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (add_norm.OP, rotary.OP, gated_feed_forward.OP, low_rank_linear.OP)
+}
 """All ops by name."""
 
 

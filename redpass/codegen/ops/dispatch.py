@@ -50,6 +50,8 @@ def forget() -> None:
 
 def run(op: Op, *arguments: Any) -> Any:
     """Runs the kernel of an op where it may run, its reference otherwise."""
+    if not op.pays(*arguments):
+        return op.reference(*arguments)
     reason = why_not(op, arguments)
     if not reason:
         config = _chooser[0](op, arguments) if _chooser else None

@@ -44,6 +44,10 @@ class Config:
         return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
 
 
+def _always(*arguments: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Op:
     """One `redpass::` op.
@@ -58,6 +62,8 @@ class Op:
         launch: `launch(options, *arguments)` runs the kernel; `options` is `Config.options()`.
         refuses: "" or the reason why the kernel does not take these arguments. Cheap: it is
             asked at each call. What holds for all ops (dtype, device) is not its business.
+        pays: whether the kernel is the better choice here; where it is not, the reference runs
+            and nothing is said.
         kind: what the kernel is specialised by: each new kind passes a self-test first.
         probe: small arguments of the same kind, with random contents, on the same device.
         configs: the configs worth trying for these arguments, the default first.
@@ -75,6 +81,7 @@ class Op:
     probe: Callable[..., Arguments]
     configs: Callable[..., tuple[Config, ...]]
     samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
+    pays: Callable[..., bool] = _always
 
 
 def tensors(arguments: Iterable[Any]) -> list[Tensor]:
