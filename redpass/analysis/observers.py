@@ -175,12 +175,15 @@ class KernelAlignment:
             return kernels.new_zeros(len(self.names), len(self.names))
         flat, sums = kernels.flatten(1), kernels.sum(-1)
         whole = sums.sum(-1)
-        products = flat @ flat.T + torch.outer(whole, whole) / ((count - 1) * (count - 2))
-        return (products - 2 / (count - 2) * sums @ sums.T) / (count - 3)
+        products: Tensor = flat @ flat.T
+        products += torch.outer(whole, whole) / ((count - 1) * (count - 2))
+        products -= 2 / (count - 2) * sums @ sums.T
+        return products / (count - 3)
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-150)
+    lengths: Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / lengths.clamp_min(1e-150)
 
 
 def _kernel(rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -38,6 +39,16 @@ class Tokens:
         """Returns how many features the value of node `name` has a token."""
         value = self.program.nodes[name].meta["val"]
         return int(value.shape[self._axis(name)])
+
+    def form(self, name: str) -> tuple[Any, ...]:
+        """Returns features and number of tokens, the latter as an expression over sizes.
+
+        Values of equal form on one residual stream hold the same tokens, flattened or not.
+        """
+        value, axis = self.program.nodes[name].meta["val"], self._axis(name)
+        sizes = [ops.expression(size) for size in value.shape]
+        width = sizes.pop(axis)
+        return width, sympy.expand(sympy.prod(sizes))
 
     def rows(self, name: str, value: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns the value of node `name` as `[tokens, width]`, padding left out.
