@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from redpass import __version__
-from redpass.cli import analyze, bench, explain, export, failures, inspect, optimize, passes, replay
+from redpass.cli import (
+    analyze,
+    bench,
+    emit,
+    explain,
+    export,
+    failures,
+    inspect,
+    optimize,
+    passes,
+    replay,
+)
 from redpass.cli.options import grouped
 from redpass.cli.signals import Stopped, stoppable
 
@@ -26,6 +37,7 @@ COMMANDS = (
     inspect.inspect,
     analyze.analyze,
     export.export,
+    emit.emit,
     bench.bench,
     explain.explain,
     replay.replay,

@@ -8,17 +8,20 @@ shared memory than the card has, is known before any time on a card is spent.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from redpass.codegen.ops.dispatch import has_triton
 from redpass.codegen.ops.op import Arguments, Config, Op
-from redpass.codegen.ops.recorded import Launch, recorded
+from redpass.codegen.ops.recorded import Launch, recorded, recording
 from redpass.errors import ExportError, UsageError, nearest
 
 TARGETS: Mapping[str, int] = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90}
@@ -92,6 +95,45 @@ def build(
         raise ExportError("triton is not installed", place=op.name, hint=hint)
     launches = recorded(op, config or op.configs(*arguments)[0], *arguments)
     return tuple(compile_launch(launch, target, cache) for launch in launches)
+
+
+def build_file(
+    path: Path, samples: Mapping[str, tuple[Any, ...]], target: str, cache: Path
+) -> dict[str, tuple[AotReport, ...]]:
+    """Compiles every kernel that an emitted file launches for `samples`.
+
+    Args:
+        samples: label -> what its `run` is given, on the meta device.
+
+    Returns:
+        Label -> reports, in the order of the launches.
+
+    Raises:
+        ExportError: as `build` does.
+    """
+    module = _imported(path)
+    found = {}
+    for label, arguments in samples.items():
+        with recording() as launches:
+            module.run(*arguments)
+        found[label] = tuple(compile_launch(launch, target, cache) for launch in launches)
+    return found
+
+
+def _imported(path: Path) -> Any:
+    if not has_triton():
+        raise ExportError("triton is not installed", place=path.stem, hint="pip install triton")
+    spec = importlib.util.spec_from_file_location(f"redpass_emitted_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Nothing is left beside the file: its folder is checked as it was written.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
 
 
 def compile_launch(launch: Launch, target: str, cache: Path) -> AotReport:

@@ -28,7 +28,7 @@ TYPES: Mapping[torch.dtype, str] = {
 """The element types kernels compute on, and their names in Triton."""
 
 TANH = '''@triton.jit
-def tanh(x):
+def precise_tanh(x):
     """Hyperbolic tangent to float32 rounding: a series near 0, where the quotient cancels."""
     square = x * x
     series = -0.333333333 + square * (0.133333333 + square * (-0.053968254 + square * 0.021869489))
@@ -37,7 +37,7 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.25, x + x * square * series, tl.where(x < 0.0, -far, far))'''
 """Triton has no tanh of its own, and the CUDA library's does not run in the interpreter."""
 
-HELPERS: Mapping[str, str] = {"tanh": TANH}
+HELPERS: Mapping[str, str] = {"precise_tanh": TANH}
 """Functions that printed expressions may call, by name."""
 
 MOST_FACTORS = 8
@@ -68,17 +68,22 @@ class Printed:
         return tuple(HELPERS[name] for name in sorted(self.helpers))
 
 
-def print_expression(nodes: Iterable[fx.Node], leaves: Mapping[fx.Node, str]) -> Printed:
+def print_expression(
+    nodes: Iterable[fx.Node],
+    leaves: Mapping[fx.Node, str],
+    names: Mapping[fx.Node, str] | None = None,
+) -> Printed:
     """Prints `nodes`, in graph order, the last one being the result.
 
     Args:
         leaves: nodes computed elsewhere -> the name that holds their value, as float32 (or as a
             truth value for conditions).
+        names: what the printed nodes are called; their own names by default.
 
     Raises:
         UnprintableError: a node or an operand that has no Triton form; says which and why.
     """
-    state = _State(dict(leaves))
+    state = _State(dict(leaves), names or {})
     result = ""
     for node in nodes:
         result = state.add(node)
@@ -100,14 +105,16 @@ def why_not(node: fx.Node) -> str:
 @dataclass
 class _State:
     names: dict[fx.Node, str]
+    wanted: Mapping[fx.Node, str]
     lines: list[str] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
 
     def add(self, node: fx.Node) -> str:
         text = self._text(node)
         if not text.isidentifier():
-            self.lines.append(f"{node.name} = {text}")
-            text = node.name
+            name = self.wanted.get(node, node.name)
+            self.lines.append(f"{name} = {text}")
+            text = name
         self.names[node] = text
         return text
 
@@ -182,7 +189,9 @@ def _divided(state: _State, node: fx.Node) -> str:
 def _gelu(state: _State, node: fx.Node) -> str:
     x = state.operand(node.args[0])
     if ops.argument(node, "approximate") == "tanh":
-        return f"(0.5 * {x} * (1.0 + tanh(0.7978845608 * ({x} + 0.044715 * {x} * {x} * {x}))))"
+        return (
+            f"(0.5 * {x} * (1.0 + precise_tanh(0.7978845608 * ({x} + 0.044715 * {x} * {x} * {x}))))"
+        )
     return f"(0.5 * {x} * (1.0 + tl.erf(0.7071067812 * {x})))"
 
 
@@ -258,7 +267,7 @@ TABLE: Mapping[str, Form] = {
     "square": _filled("({x} * {x})"),
     "sigmoid": _filled("(1.0 / (1.0 + tl.exp(-{x})))"),
     "silu": _filled("({x} / (1.0 + tl.exp(-{x})))"),
-    "tanh": _filled("tanh({x})"),
+    "tanh": _filled("precise_tanh({x})"),
     "relu": _filled("tl.where({x} < 0.0, 0.0, {x})"),
     "gelu": _gelu,
     "leaky_relu": _leaky,

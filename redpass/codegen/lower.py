@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from redpass.codegen import ops as kernels_of
 from redpass.codegen.patterns import PATTERNS, Site
 from redpass.codegen.tuning import Records, Shape
 from redpass.facts import Facts
-from redpass.plan import Action, Exactness, Insert, Plan, Ref, Replace, Skip
+from redpass.plan import Action, Exactness, Insert, Plan, Ref, Replace, Skip, WeightRef
 from redpass.program import Program
 
 DECODE: Mapping[str, int] = {"batch": 2, "seq": 1, "past": 512}
@@ -67,24 +67,49 @@ class LowerHotPaths:
                 yield action(item, verdict[1])
 
     def _verdict(self, program: Program, site: Site) -> tuple[bool, str]:
+        """Whether the kernel wins wherever it would run, in decoding and in prefill."""
         if self.kernels == "triton":
             return True, "kernels were asked for"
-        op = kernels_of.OPS[site.op]
-        return self.records.verdict(Shape.of(op, site.values(program, PREFILL)))
+        op, found = kernels_of.OPS[site.op], dict[Shape, tuple[bool, str]]()
+        for sizes in (DECODE, PREFILL):
+            values = site.values(program, sizes)
+            if op.pays(*values) and not op.refuses(*values):
+                shape = Shape.of(op, values)
+                found.setdefault(replace(shape, sizes=()), self.records.verdict(shape))
+        lost = [reason for wins, reason in found.values() if not wins]
+        if lost or not found:
+            return False, lost[0] if lost else "at no size is the kernel the better choice"
+        return True, "; ".join(reason for _, reason in found.values())
 
 
 def find_sites(program: Program, facts: Facts) -> Iterator[Site | Skip]:
     """Yields the places of all patterns; a node belongs to the first that wants it."""
     found, taken = facts.get(structure), set[str]()
+    order = {name: place for place, name in enumerate(program.nodes)}
+    readers = {str(node.target): node.name for node in program.weight_nodes}
     for find in PATTERNS:
         for item in find(program, found):
-            if isinstance(item, Site) and item.covers & taken:
+            if isinstance(item, Skip):
+                yield item
+            elif item.covers & taken:
                 reason = "its nodes are part of another hot path"
                 yield Skip(f"lower.{item.op}", item.target, reason)
-                continue
-            if isinstance(item, Site):
+            elif late := _late(item, order, readers):
+                reason = f"'{late}' is computed after the place it is needed at"
+                yield Skip(f"lower.{item.op}", item.target, reason)
+            else:
                 taken |= item.covers
-            yield item
+                yield item
+
+
+def _late(site: Site, order: Mapping[str, int], readers: Mapping[str, str]) -> str:
+    """Returns an operand that does not stand before the place of the op, or ""."""
+    for item in site.arguments:
+        name = readers.get(item.name) if isinstance(item, WeightRef) else None
+        name = item.name if isinstance(item, Ref) else name
+        if name is not None and order[name] >= order[site.before]:
+            return name
+    return ""
 
 
 def why_not(program: Program, site: Site) -> str:

@@ -51,6 +51,28 @@ class Device:
         return f"{plain}-{mark}.json"
 
 
+def this_device() -> Device | None:
+    """Returns the GPU that kernels would run on, None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(str(properties.name), _driver())
+
+
+def _driver() -> str:
+    """The driver's version as the kernel module says it, else the CUDA version it is for."""
+    import torch
+
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return f"cuda {torch.version.cuda}"
+    numbers = [word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word)]
+    return numbers[0] if numbers else f"cuda {torch.version.cuda}"
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a kernel was run on.

@@ -318,5 +318,5 @@ def test_helpers_come_with_what_calls_them() -> None:
     b = Builder()
     x = b.input("x", 3)
     printed = print_expression([b.call(aten.tanh.default, x)], {x: "x"})
-    assert printed.sources == (HELPERS["tanh"],)
+    assert printed.sources == (HELPERS["precise_tanh"],)
     assert not print_expression([b.call(aten.neg.default, x)], {x: "x"}).sources

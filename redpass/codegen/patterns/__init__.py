@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from redpass.codegen.patterns import add_norm
+from redpass.codegen.patterns import add_norm, gated_feed_forward, low_rank_linear, rotary
 from redpass.codegen.patterns.site import Finder, Site
 
-PATTERNS: tuple[Finder, ...] = (add_norm.find,)
+PATTERNS: tuple[Finder, ...] = (
+    gated_feed_forward.find,
+    low_rank_linear.find,
+    rotary.find,
+    add_norm.find,
+)
 """In the order in which they choose their nodes: a node belongs to one place."""
 
 __all__ = ["PATTERNS", "Finder", "Site"]
