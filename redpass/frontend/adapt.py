@@ -117,10 +117,11 @@ def adapt_transformers_plain(model: Any) -> Adapted:
         )
     example, dims = builders[main](model, names)
     task = "classifier" if "labels" in names and _has_classes(model) else "encoder"
-    return Adapted(model, _on_device(model, example), dims, task, call=_call_plain)
+    return Adapted(model, _on_device(model, example), dims, task, call=call_plain)
 
 
-def _call_plain(model: nn.Module, values: Mapping[str, Tensor]) -> Any:
+def call_plain(model: nn.Module, values: Mapping[str, Tensor]) -> Any:
+    """Calls a transformers or diffusers model by names, without a cache of its own."""
     names = parameters_of(model)
     fixed: dict[str, Any] = {}
     if "use_cache" in names or "past_key_values" in names:

@@ -137,7 +137,7 @@ def _transformers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
     except Exception as error:
         raise LoadError(f"the configuration is refused: {error}", file=file) from error
     kind_of_model = _model_class(raw, config, file)
-    with _quiet():
+    with quiet():
         module = _build(kind_of_model, config, folder, raw, fake=fake)
     return module.eval()
 
@@ -229,7 +229,7 @@ def _diffusers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise LoadError(f"'{name}' is no diffusers model", file=file, place="_class_name")
     try:
-        with _quiet():
+        with quiet():
             if fake:
                 with torch.device("meta"):
                     return kind.from_config(dict(raw)).eval()
@@ -255,7 +255,7 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the libraries' load reports and bars off the terminal; errors still raise."""
     import transformers.utils.logging as log
 

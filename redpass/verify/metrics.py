@@ -6,7 +6,9 @@
 
 A metric of the user's own is a function by dotted name, `package.module:function`, called as
 `function(program, original, batches)`. It returns one number, or one number a row (then it has a
-standard error), or an `Estimate`. Its attribute `better` is "higher" (the default) or "lower".
+standard error), or an `Estimate`. Its attribute `better` is "higher" (the default) or "lower",
+its attribute `least` the fewest rows it can be measured on (1 when it does not say).
+`redpass.verify.sampled` makes such functions for programs that generate.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from torch import Tensor
 
 from redpass.data import LABELS, Batch, Batches
 from redpass.errors import DataError, RedpassError, UsageError, VerifyError, nearest
@@ -63,7 +67,8 @@ class Metric:
                 function raises or gives NaN; the message names the metric.
         """
         if self.function is not None:
-            user_metric.call(self.name, self.function, program, program, batches[:1])
+            few = _fewest(self, batches)
+            user_metric.call(self.name, self.function, program, program, few)
             return
         _check_names(self, batches)
         _check_size(self, program, batches, port)
@@ -109,7 +114,8 @@ def find_metric(name: str) -> Metric:
         hint = nearest(name, METRICS) + " A function of your own is package.module:function."
         raise UsageError(f"unknown metric '{name}'", hint=hint)
     function = user_metric.find(name)
-    return Metric(name, user_metric.better(function), "", function=function)
+    least = int(getattr(function, "least", 1))
+    return Metric(name, user_metric.better(function), "", least=least, function=function)
 
 
 def evaluate(
@@ -144,8 +150,13 @@ def evaluate_all(
     *,
     port: str | None = None,
     originals: Originals | None = None,
+    outputs: Callable[[int], Tensor] | None = None,
 ) -> dict[str, Estimate]:
     """Measures several metrics with one run of the program; otherwise as `evaluate`.
+
+    Args:
+        outputs: gives the program's output on a batch by number, for who has a quicker way to it
+            than a run of the whole program. A user's function runs the program all the same.
 
     Returns:
         Metric name -> estimate.
@@ -155,7 +166,7 @@ def evaluate_all(
         raise UsageError("the originals are of another program or other data")
     built_in = [metric for metric in metrics if metric.measure is not None]
     samples: dict[str, list[Samples]] = {metric.name: [] for metric in built_in}
-    for view in _views(program, known) if built_in else ():
+    for view in _views(program, known, outputs) if built_in else ():
         shared: dict[object, Samples] = {}
         for metric in built_in:
             samples[metric.name].append(_measure(metric, view, shared))
@@ -164,9 +175,11 @@ def evaluate_all(
     return {metric.name: (found | users)[metric.name] for metric in metrics}
 
 
-def _views(program: Program, originals: Originals) -> Iterator[measures.View]:
+def _views(
+    program: Program, originals: Originals, outputs: Callable[[int], Tensor] | None
+) -> Iterator[measures.View]:
     for number, batch in enumerate(originals.batches):
-        now = run_port(program, batch, originals.port)
+        now = outputs(number) if outputs else run_port(program, batch, originals.port)
         yield measures.View(now, batch, number, originals)
 
 
@@ -196,6 +209,25 @@ def _user(
     return user_metric.estimate(run(program), was)
 
 
+def _fewest(metric: Metric, batches: Batches) -> Batches:
+    """Returns the first batches that hold as many rows as the metric needs."""
+    rows = 0
+    for number, batch in enumerate(batches, 1):
+        rows += max((len(value) for value in batch.values() if value.dim()), default=0)
+        if rows >= metric.least:
+            few: Batches = batches[:number]
+            return few
+    raise _too_few(metric, batches, rows, "rows")
+
+
+def _too_few(metric: Metric, batches: Batches, found: int, what: str) -> DataError:
+    return DataError(
+        f"{found} {what} are too few for metric '{metric.name}'",
+        file=batches.source,
+        hint=f"give data with at least {metric.least}",
+    )
+
+
 def _check_names(metric: Metric, batches: Batches) -> None:
     for number, batch in enumerate(batches):
         missing = [name for name in metric.needs if name not in batch]
@@ -218,12 +250,7 @@ def _check_size(metric: Metric, program: Program, batches: Batches, port: str | 
     shapes = (output_shape(program, batch, output.name) for batch in batches)
     found = sum(metric.count(batch, shape) for batch, shape in zip(batches, shapes, strict=True))
     if found < metric.least:
-        what = metric.count.__name__
-        raise DataError(
-            f"{found} {what} are too few for metric '{metric.name}'",
-            file=batches.source,
-            hint=f"give data with at least {metric.least}",
-        )
+        raise _too_few(metric, batches, found, metric.count.__name__)
 
 
 def _check_one(metric: Metric, program: Program, batches: Batches, port: str | None) -> None:

@@ -94,8 +94,11 @@ def call(
 def estimate(now: Outcome, was: Outcome) -> Estimate:
     """Returns the estimate for a metric's outcomes on the program and on the original.
 
-    One number alone carries no error: its standard errors are 0, as if exact.
+    One number alone carries no error: its standard errors are 0, as if exact. An `Estimate` that
+    holds a difference to the original is taken as it is.
     """
+    if isinstance(now, Estimate) and not math.isnan(now.difference):
+        return now
     if isinstance(now, Tensor) and isinstance(was, Tensor) and now.shape == was.shape:
         return mean([Samples(now, was, torch.ones_like(now))])
     value, original = _value(now), _value(was)
