@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping
 
 from testbed import diffusion, language, vision
+from testbed.loop import Schedule
 
 _LIBRARY = """\
 The Python standard library's own source as text (tests, codec tables and installed packages left
@@ -61,10 +62,17 @@ Share of 200 guided samples (50 DDIM steps, guidance 2) that the `vit` model tak
 class: **{0:.3f}**."""
 
 _TRAINING = """\
-{steps} steps of {batch} examples in float32; AdamW, learning rate {learning_rate:g} after {warmup}
-warm-up steps, then linear to zero, weight decay {weight_decay:g}, seed {seed}. It took
-{wall_minutes} minutes on a contested core, {processor_minutes} of them processor time. To train it
-again: `python -m testbed.train --fresh {name}`."""
+{steps} steps of {batch} examples in float32; AdamW, weight decay {weight_decay:g}, seed {seed}.
+{course} It took {wall_minutes} minutes on a contested core, {processor_minutes} of them processor
+time. To train it again: `python -m testbed.train --fresh {name}`; to see whether that gives this
+quality, and leave the weights alone: `python -m testbed.train --check {name}`."""
+
+_ONCE = """\
+The learning rate rises to {learning_rate:g} over {warmup} steps, then falls linearly to zero."""
+
+_CYCLES = """\
+The learning rate rises to {learning_rate:g} over {warmup} steps and falls linearly to zero,
+{count} times: in cycles of {lengths} steps."""
 
 
 def write(name: str, figures: Mapping[str, object]) -> str:
@@ -94,4 +102,14 @@ def _data(name: str) -> str:
 
 def _training(name: str, figures: Mapping[str, object]) -> str:
     recipes = language.RECIPES | vision.RECIPES | {"dit": diffusion.DIT}
-    return _TRAINING.format(name=name, **vars(recipes[name].schedule), **figures)
+    schedule = recipes[name].schedule
+    words = {**vars(schedule), "steps": schedule.steps, "course": course(schedule)}
+    return _TRAINING.format(name=name, **words, **figures)
+
+
+def course(schedule: Schedule) -> str:
+    """How the learning rate goes, in words."""
+    lengths = [str(length) for length in schedule.cycles]
+    form = _CYCLES if len(lengths) > 1 else _ONCE
+    shown = " and ".join([", ".join(lengths[:-1]), lengths[-1]] if lengths[1:] else lengths)
+    return form.format(**vars(schedule), count=len(lengths), lengths=shown)

@@ -42,7 +42,7 @@ DIT = DiffusionRecipe(
         "num_embeds_ada_norm": UNCONDITIONAL,
     },
     schedule=Schedule(
-        steps=4000, batch=64, learning_rate=1e-3, warmup=100, weight_decay=0.01, seed=6
+        cycles=(4000,), batch=64, learning_rate=1e-3, warmup=100, weight_decay=0.01, seed=6
     ),
 )
 

@@ -1,4 +1,4 @@
-"""One training loop for every model: AdamW, warm-up, linear decay to zero at a fixed step count."""
+"""One training loop for every model: AdamW, warm-up, linear decay to zero, once or more often."""
 
 import time
 from collections.abc import Callable
@@ -15,9 +15,13 @@ SAVE_EVERY = 200
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train. A count of steps, so a slow machine makes the same model."""
+    """How long and how fast to train. Counts of steps, so a slow machine makes the same model.
 
-    steps: int
+    Each cycle warms up and falls to zero again (warm restarts, Loshchilov and Hutter 2017): a model
+    can be trained on without forgetting the schedule that made it.
+    """
+
+    cycles: tuple[int, ...]
     batch: int
     learning_rate: float
     warmup: int
@@ -25,11 +29,20 @@ class Schedule:
     clip: float = 1.0
     seed: int = 0
 
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(self.cycles)
+
     def rate(self, step: int) -> float:
-        """Learning rate of one step: linear up over `warmup`, then linear down to zero."""
-        rise = (step + 1) / self.warmup
-        fall = (self.steps - step) / (self.steps - self.warmup)
-        return self.learning_rate * min(rise, fall, 1.0)
+        """Learning rate of one step: in its cycle linear up over `warmup`, then down to zero."""
+        for length in self.cycles:
+            if step < length:
+                rise = (step + 1) / self.warmup
+                fall = (length - step) / (length - self.warmup)
+                return self.learning_rate * min(rise, fall, 1.0)
+            step -= length
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ VIT = VisionRecipe(
     },
     enlarged=True,
     schedule=Schedule(
-        steps=2000, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.05, seed=4
+        cycles=(2000,), batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.05, seed=4
     ),
 )
 
@@ -47,7 +47,7 @@ CNN = VisionRecipe(
     config={"widths": (24, 48, 96), "blocks": 3, "classes": 10},
     enlarged=False,
     schedule=Schedule(
-        steps=600, batch=64, learning_rate=2e-3, warmup=50, weight_decay=0.05, seed=5
+        cycles=(600,), batch=64, learning_rate=2e-3, warmup=50, weight_decay=0.05, seed=5
     ),
 )
 
