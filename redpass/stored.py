@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
+from redpass.checks.pt2 import MEMBER
 from redpass.errors import LoadError
 from redpass.program import Port, Program, Shape, Signature
-
-MEMBER = "redpass.json"
-"""Name of the extra file of a `.pt2` that holds the text."""
 
 FORMAT, LONGEST = 1, 1 << 24
 _WORD = re.compile(r"[A-Za-z_]\w*")

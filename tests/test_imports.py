@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
+    {"checks"},
     {"text", "program", "ops", "data", "plan", "partial", "state", "stored"},
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},

@@ -31,7 +31,7 @@ def analyze(
     from redpass.artifact import check_target
     from redpass.report import terminal
 
-    sources.check_model(model)
+    sources.check_model(model, source)
     if data is None:
         raise DataError("similarity is measured on data", place="--data", hint="pass --data FILE")
     sources.check_data(data)

@@ -33,8 +33,8 @@ def bench(
     from redpass.report.terminal import latency
 
     names = _runners(runners)
-    sources.check_model(model)
-    sources.check_model(result)
+    sources.check_model(model, source)
+    sources.check_model(result, source)
     screen = Screen(run)
     with screen.listening() as listener:
         from redpass import bench as measuring

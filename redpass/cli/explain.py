@@ -41,7 +41,7 @@ def explain(
     if (model / "report.json").is_file():
         record = _read(model)
     else:
-        sources.check_model(model)
+        sources.check_model(model, source)
         record = Job(model, source, rows, run, data, budget, passes).plan(screen)
     _check_known(record, place)
     screen.emit(_chosen(record, place))

@@ -38,7 +38,7 @@ def export(
     from redpass.artifact import staged, staged_file
 
     formats = sources.check_formats(result.format)
-    sources.check_model(model)
+    sources.check_model(model, source)
     if result.out is None:
         raise UsageError("no place for the result", place="--out", hint="name a folder or a file")
     screen = Screen(run)

@@ -17,7 +17,7 @@ def inspect(
     """Show the parts of MODEL with parameters, FLOPs, bytes and cache per token."""
     from redpass.report.inspection import tables
 
-    sources.check_model(model)
+    sources.check_model(model, source)
     screen = Screen(run)
     with screen.listening() as listener:
         from redpass.analysis import inspection

@@ -56,16 +56,25 @@ def optimize(
     dry: Annotated[
         bool, Option("--dry-run", help="Show what could be done; write nothing.")
     ] = False,
+    search: Annotated[
+        str,
+        Option(
+            metavar="greedy|one-shot",
+            help="How candidates are chosen: each step measured, or "
+            "in the order of the passes' own scores.",
+        ),
+    ] = "greedy",
     resume: Annotated[
         bool, Option("--resume", help="Go on where a run that was stopped or killed had come to.")
     ] = False,
 ) -> None:
     """Remove redundancy from MODEL, check the result, write it to --out."""
     formats = sources.check_formats(result.format)
-    sources.check_model(model)
+    sources.check_model(model, source)
     if data is not None:
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
+    job.search = search
     screen = Screen(run)
     if dry:
         _finish(screen, job.plan(screen), [])
@@ -104,6 +113,7 @@ class Job:
         self.data, self.budget, self.passes = data, budget, passes
         self.journal: Path | None = None
         self.resume = False
+        self.search = "greedy"
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
         """Loads the model and the data, and optimises.
@@ -138,6 +148,7 @@ class Job:
             command=command_line(),
             journal=self.journal,
             resume=self.resume,
+            search=self.search,
         )
 
     def plan(self, screen: Screen) -> RunRecord:

@@ -84,11 +84,12 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = field(default_factory=list)
-    unsafe_pickle: Annotated[
+    trust_file: Annotated[
         bool,
         Option(
-            "--unsafe-pickle",
-            help="Let the file run any code it holds. Only for files you made yourself.",
+            "--trust-file",
+            help="Read a .pt or .pt2 without checks: it may then run any code it holds. Only for "
+            "files you made yourself.",
             rich_help_panel=MODEL,
         ),
     ] = False

@@ -43,7 +43,7 @@ def replay(
     from redpass.artifact import staged
 
     formats = sources.check_formats(result.format)
-    sources.check_model(model)
+    sources.check_model(model, source)
     if result.out is None:
         raise UsageError("no place for the result", place="--out", hint="name a folder")
     screen = Screen(run)
@@ -76,7 +76,7 @@ def bisect(
     """Find the first action of PLAN after which --budget does not hold on --data."""
     from redpass.errors import clean
 
-    sources.check_model(model)
+    sources.check_model(model, source)
     if data is None:
         raise DataError("the result is judged on data", place="--data", hint="pass --data FILE")
     if not budget:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redpass.checks import source
 from redpass.cli.options import DataOptions, ModelOptions, RunOptions
-from redpass.errors import DataError, LoadError, UsageError, nearest
+from redpass.errors import DataError, UsageError, nearest
 from redpass.manifest import NAME as MANIFEST
 from redpass.progress import Listener, Silent
 
@@ -17,24 +18,22 @@ if TYPE_CHECKING:
 FORMATS = ("pt2", "onnx")
 
 
-def check_model(path: Path) -> Path:
-    """Returns the file or folder to load; for a folder that redpass wrote, its `model.pt2`.
+def check_model(path: Path, options: ModelOptions | None = None) -> Path:
+    """Returns the file or folder to load, as `resolve` does, once it was checked.
 
     Raises:
-        LoadError: nothing is there, or the file is empty.
+        LoadError: see `redpass.checks.source.check`; told before PyTorch is imported.
     """
-    hint = "give a Hugging Face folder, a .pt2, a .pt, or a folder that redpass wrote"
-    try:
-        if path.is_dir():
-            inner = path / "model.pt2"
-            return inner if (path / MANIFEST).exists() and inner.exists() else path
-        if not path.stat().st_size:
-            raise LoadError("is empty", file=path, hint="fetch the file again")
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        text = "no such file or folder" if missing else f"cannot be read: {error.strerror}"
-        raise LoadError(text, file=path, hint=hint) from error
+    options = options or ModelOptions()
+    path = resolve(path)
+    source.check(path, allow=options.allow, trust=options.trust_file)
     return path
+
+
+def resolve(path: Path) -> Path:
+    """Returns `path`; for a folder that redpass wrote, its `model.pt2`. Raises `LoadError`."""
+    inner = source.existing(path) / "model.pt2"
+    return inner if (path / MANIFEST).exists() and inner.exists() else path
 
 
 def check_data(path: Path) -> Path:
@@ -96,14 +95,14 @@ def load(
     listener.start(stage)
     try:
         return frontend.load(
-            check_model(model),
+            resolve(model),
             inputs=options.input,
             data=options.example or (data if is_pickle and not options.input else None),
             tokenizer=tokenizer,
             task=options.task,
             module=options.module,
             allow=options.allow,
-            unsafe_pickle=options.unsafe_pickle,
+            trust_file=options.trust_file,
         )
     finally:
         listener.finish(stage)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redpass.checks import safetensors
 from redpass.data import LABELS, Batches
 from redpass.errors import DataError, LoadError, RedpassError, UsageError
-from redpass.frontend import pickled, safetensors_check
+from redpass.frontend import pickled
 from redpass.frontend.dims import evaluate
 from redpass.frontend.indices import check_index
 from redpass.program import Port, Program, check_port
@@ -184,7 +185,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        safetensors_check.check_file(path)
+        safetensors.check_file(path)
         return dict(load_file(path))
     loaded = pickled.load_pickled(path)
     if not isinstance(loaded, Mapping) or not all(map(torch.is_tensor, loaded.values())):

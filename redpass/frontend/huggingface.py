@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,19 +11,12 @@ from typing import Any
 
 import torch
 
+from redpass.checks import folder as checks
+from redpass.checks import safetensors
 from redpass.errors import LoadError
-from redpass.frontend import safetensors_check
 
 FLOATS = ("Infinity", "-Infinity", "NaN")
 """What transformers writes as `{"__float__": "Infinity"}`, because JSON has no word for it."""
-
-CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
-"""Keys of a configuration that name code to run."""
-
-CHOICE_KEYS = frozenset({"attn_implementation", "experts_implementation"})
-"""Keys that choose an implementation, which may be one from the network."""
-
-MAX_CONFIG = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -47,75 +39,14 @@ def open_folder(folder: Path, *, fake: bool = False) -> Opened:
         LoadError: no or bad configuration, damaged or missing weights, an unknown architecture,
             or a model that needs code from the folder.
     """
-    folder = _model_folder(folder)
-    config, notes = read_config(folder / "config.json")
+    folder = checks.model_folder(folder)
+    config, notes = checks.read_config(folder / "config.json")
+    checks.check_kind(config, folder)
     if not fake:
-        safetensors_check.check_folder(folder)
+        safetensors.check_folder(folder)
     if "_class_name" in config:
         return Opened(_diffusers(folder, config, fake=fake), config, notes)
-    if "model_type" not in config:
-        raise LoadError(
-            "the configuration names neither 'model_type' nor '_class_name'",
-            file=folder / "config.json",
-            hint="give a folder saved by save_pretrained of transformers or diffusers",
-        )
     return Opened(_transformers(folder, config, fake=fake), config, notes)
-
-
-def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads a configuration and takes out what names code. Returns it with notes on that.
-
-    Raises:
-        LoadError: missing, too large, or not a JSON object.
-    """
-    config = read_json(path)
-    removed: list[str] = []
-    cleaned = _clean(config, removed)
-    notes = (f"ignored in config.json: {', '.join(sorted(set(removed)))}",) if removed else ()
-    return cleaned, notes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of bounded size. Raises `LoadError`."""
-    if not path.is_file():
-        raise LoadError("no such file", file=path, hint="a Hugging Face folder holds config.json")
-    if path.stat().st_size > MAX_CONFIG:
-        raise LoadError(f"larger than {MAX_CONFIG} bytes", file=path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"not JSON: {error}", file=path, hint="fetch the file again") from error
-    if not isinstance(value, dict):
-        raise LoadError("not a JSON object", file=path)
-    return value
-
-
-def _clean(value: Any, removed: list[str]) -> Any:
-    if isinstance(value, list):
-        return [_clean(part, removed) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
-        return float(value["__float__"])
-    kept = {}
-    for key, part in value.items():
-        if key in CODE_KEYS:
-            removed.append(key)
-        elif key in CHOICE_KEYS or (key.startswith("_") and key != "_class_name"):
-            continue
-        else:
-            kept[key] = _clean(part, removed)
-    return kept
-
-
-def _model_folder(folder: Path) -> Path:
-    """Returns the folder of the denoiser in a diffusers pipeline, else `folder`."""
-    if (folder / "config.json").is_file() or not (folder / "model_index.json").is_file():
-        return folder
-    for part in ("transformer", "unet"):
-        if (folder / part / "config.json").is_file():
-            return folder / part
-    raise LoadError("a pipeline without 'transformer' or 'unet'", file=folder)
 
 
 def _transformers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
@@ -125,17 +56,13 @@ def _transformers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
     file = folder / "config.json"
     kind = str(raw["model_type"])
     if kind not in CONFIG_MAPPING:
-        raise LoadError(
-            f"model_type '{kind}' is not one transformers knows",
-            file=file,
-            hint="redpass runs no code from a folder; build the module yourself and pass it",
-        )
-    if "quantization_config" in raw:
-        raise LoadError("quantised weights are not supported", file=file)
+        raise checks.unknown_kind(kind, folder)
     try:
         config = CONFIG_MAPPING[kind].from_dict(dict(raw))
     except Exception as error:
-        raise LoadError(f"the configuration is refused: {error}", file=file) from error
+        hint = "save the model again with save_pretrained"
+        found = f"the configuration is refused: {_short(error)}"
+        raise LoadError(found, file=file, hint=hint) from error
     kind_of_model = _model_class(raw, config, file)
     with quiet():
         module = _build(kind_of_model, config, folder, raw, fake=fake)

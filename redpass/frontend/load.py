@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redpass.errors import LoadError, UsageError
+from redpass.checks.source import existing, unknown
+from redpass.errors import UsageError
 from redpass.frontend import adapt, batches, huggingface, pickled, pt2, pt2_ports, specs
 from redpass.frontend.adapt import Adapted
 from redpass.frontend.trace import finish, trace
@@ -31,7 +31,7 @@ def load(
     task: str | None = None,
     module: str | None = None,
     allow: Sequence[str] = (),
-    unsafe_pickle: bool = False,
+    trust_file: bool = False,
     fake: bool = False,
 ) -> Program:
     """Loads a model and traces it to a `Program`. Runs no code that comes with the file.
@@ -45,7 +45,8 @@ def load(
         task: overrides what the source says it does.
         module: `package.module:factory` that builds the module for a bare state dict.
         allow: classes a pickle may name besides PyTorch's own, as `package.Class`.
-        unsafe_pickle: lets a pickle run whatever it says. The only way round the refusal.
+        trust_file: reads a `.pt` or `.pt2` without checks, which lets it run any code it holds.
+            The only way round a refusal; code beside a Hugging Face folder is never run.
         fake: trace on the meta device; the weights carry no data.
 
     Raises:
@@ -58,8 +59,8 @@ def load(
         return _trace(source, origin, example, inputs, task, fake)
     path = existing(Path(source))
     if path.suffix == ".pt2":
-        return _from_pt2(path, task)
-    opened = _open(path, module, allow, unsafe_pickle, fake)
+        return _from_pt2(path, task, trust=trust_file)
+    opened = _open(path, module, allow, trust_file, fake)
     origin = Origin(opened.kind, str(path), config=opened.config, notes=opened.notes)
     given = example if example is not None or data is None else _from_file(path, data, tokenizer)
     if opened.kind == "pt" and given is None and not inputs and not _is_known(opened.module):
@@ -80,22 +81,15 @@ class _Opened:
 
 
 def _open(
-    path: Path, module: str | None, allow: Sequence[str], unsafe_pickle: bool, fake: bool
+    path: Path, module: str | None, allow: Sequence[str], trust_file: bool, fake: bool
 ) -> _Opened:
     if path.is_dir():
         folder = huggingface.open_folder(path, fake=fake)
         return _Opened(folder.module, "huggingface", folder.config, folder.notes)
     if path.suffix in (".pt", ".pth"):
-        loaded = pickled.load_pickled(path, allow=allow, unsafe=unsafe_pickle)
+        loaded = pickled.load_pickled(path, allow=allow, trust=trust_file)
         return _Opened(pickled.build(path, loaded, module), "pt")
-    weights = path.suffix == ".safetensors"
-    raise LoadError(
-        "weights without a configuration" if weights else f"'{path.suffix}' is no model format",
-        file=path,
-        hint="give the folder that holds config.json and the weights"
-        if weights
-        else "give a Hugging Face folder, a .pt2, a .pt or a .pth",
-    )
+    raise unknown(path)
 
 
 def _from_file(path: Path, data: str | Path, tokenizer: Any) -> Example:
@@ -118,8 +112,8 @@ def exported(program: torch.export.ExportedProgram, origin: Origin) -> Program:
     return finish(program, dims, outputs, origin, prefix="")
 
 
-def _from_pt2(path: Path, task: str | None) -> Program:
-    graph, stored = pt2.load_exported(path), pt2.read_stored(path)
+def _from_pt2(path: Path, task: str | None, *, trust: bool) -> Program:
+    graph, stored = pt2.load_exported(path, trust=trust), pt2.read_stored(path)
     if stored is None:
         return exported(graph, Origin("pt2", str(path), task=task or "unknown"))
     ports = stored.signature
@@ -127,21 +121,6 @@ def _from_pt2(path: Path, task: str | None) -> Program:
     dims = pt2_ports.stored_dims(graph, ports, path)
     program = finish(graph, dims, tuple(port.name for port in ports.outputs), origin, prefix="")
     return replace(program, signature=replace(program.signature, state=ports.state))
-
-
-def existing(path: Path) -> Path:
-    """Returns `path` when it can be read. Raises `LoadError`."""
-    try:
-        path.stat()
-    except OSError as error:
-        raise LoadError(
-            "no such file or folder" if error.errno == errno.ENOENT else f"{error.strerror}",
-            file=path,
-            hint="give a Hugging Face folder, a .pt2, a .pt or a .pth",
-        ) from error
-    if path.is_file() and not path.stat().st_size:
-        raise LoadError("empty file", file=path, hint="fetch the file again")
-    return path
 
 
 def _trace(

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickletools
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redpass.checks import pickled as checks
 from redpass.errors import LoadError, UsageError
-from redpass.frontend import archive
 
 FUNCTIONS = frozenset(
     f"torch.nn.functional.{name}"
@@ -31,66 +28,37 @@ FUNCTIONS = frozenset(
 FORM = "module='package.module:function', a function without arguments that builds the module"
 
 
-def load_pickled(path: Path, *, allow: Sequence[str] = (), unsafe: bool = False) -> Any:
+def load_pickled(path: Path, *, allow: Sequence[str] = (), trust: bool = False) -> Any:
     """Reads a `.pt` or `.pth`.
 
     Args:
         allow: further classes, as `package.module.Class`; their packages are imported.
-        unsafe: run the pickle, whatever it does.
+        trust: run the pickle, whatever it does.
 
     Raises:
         LoadError: damaged, TorchScript, or naming a class that is not allowed.
         UsageError: an entry of `allow` that is no class.
     """
-    if unsafe:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    if not archive.is_archive(path):
-        raise LoadError(
-            "no zip archive: a bare pickle or the format of PyTorch before 1.6",
-            file=path,
-            hint="save it again with torch.save; redpass does not run old pickles",
-        )
-    members = archive.check(path)
-    if any(m.filename.split("/")[-1] == "constants.pkl" for m in members):
-        raise LoadError("TorchScript, which holds code", file=path, hint="save an nn.Module")
-    allowed = _permitted(_names(path, members), set(allow), path)
+    if trust:
+        return _run(path)
+    allowed = _permitted(checks.check(path, allow), set(allow), path)
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoadError(f"the weights-only unpickler refuses it: {first}", file=path) from error
+        found = f"the weights-only unpickler refuses it: {first}"
+        raise LoadError(found, file=path, hint=checks.AGAIN) from error
 
 
-def _names(path: Path, members: list[zipfile.ZipInfo]) -> list[str]:
-    """Returns the dotted names a pickle imports, read without running it."""
-    inside = [m.filename for m in members if m.filename.split("/")[1:] == ["data.pkl"]]
-    if len(inside) != 1:
-        raise LoadError("no data.pkl: not written by torch.save", file=path)
-    with zipfile.ZipFile(path) as opened:
-        data = opened.read(inside[0])
-    names: dict[str, None] = {}
+def _run(path: Path) -> Any:
+    """Runs a pickle that the user vouches for."""
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ("GLOBAL", "INST"):
-                names[_modern(*str(argument).split(" ", 1))] = None
-            elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                raise LoadError(
-                    f"a pickle with {opcode.name}, in which the classes it names cannot be listed",
-                    file=path,
-                    place=inside[0],
-                    hint="save it again with torch.save(model, path) and its own pickle_protocol, "
-                    "2; or, for a file you made yourself, --unsafe-pickle",
-                )
-    except ValueError as error:
-        raise LoadError(f"a damaged pickle: {error}", file=path, place=inside[0]) from error
-    return list(names)
-
-
-def _modern(module: str, name: str) -> str:
-    """Returns the Python 3 name of a global, as the unpickler maps it."""
-    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return f"{module}.{name}"
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        found = f"running it failed: {type(error).__name__}: {first}"
+        raise LoadError(found, file=path, hint=checks.AGAIN) from error
 
 
 def _permitted(
@@ -109,12 +77,7 @@ def _permitted(
         elif name in allow:
             found.append((_user_class(name), name))
         else:
-            raise LoadError(
-                f"the pickle asks for '{name}', which is not allowed",
-                file=path,
-                hint=f"if you trust that class, pass --allow {name} (allow=('{name}',)); "
-                "--unsafe-pickle runs whatever the file says",
-            )
+            raise checks.not_allowed(name, path)
     return found
 
 
@@ -158,7 +121,8 @@ def build(path: Path, loaded: Any, factory: str | None) -> nn.Module:
         return loaded
     state = _state_dict(loaded)
     if state is None:
-        raise LoadError(f"holds a {type(loaded).__name__}, no module and no weights", file=path)
+        found = f"holds a {type(loaded).__name__}, no module and no weights"
+        raise LoadError(found, file=path, hint="save an nn.Module, or its state_dict()")
     if factory is None:
         raise LoadError(f"holds {len(state)} weights and no module", file=path, hint=f"pass {FORM}")
     module = call_factory(factory)
@@ -166,7 +130,9 @@ def build(path: Path, loaded: Any, factory: str | None) -> nn.Module:
         missing, unexpected = module.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:
         raise LoadError(
-            f"weights do not fit the module: {' '.join(str(error).split())}", file=path
+            f"weights do not fit the module: {' '.join(str(error).split())}",
+            file=path,
+            hint=f"check that {factory} builds the module the weights were saved from",
         ) from error
     if missing or unexpected:
         raise LoadError(

@@ -145,7 +145,7 @@ def test_missing_sources(tmp_path):
     with pytest.raises(LoadError, match=r"config\.json: no such file"):
         load(tmp_path)
     (tmp_path / "empty.pt2").touch()
-    with pytest.raises(LoadError, match=r"empty\.pt2: empty file"):
+    with pytest.raises(LoadError, match=r"empty\.pt2: is empty"):
         load(tmp_path / "empty.pt2")
     loop = tmp_path / "loop.pt"
     loop.symlink_to(loop)

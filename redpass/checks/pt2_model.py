@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import ast
 import json
-import math
-import operator
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from redpass.errors import LoadError
-from redpass.ops import SIZE_FUNCTIONS
 
-MAX_JSON, MAX_DEPTH = 512 << 20, 200
+MAX_JSON, MAX_DEPTH = 256 << 20, 200
+MAX_PARTS = 1_000_000
+"""Values in one JSON member: models of 100 layers have a fifth of that, and each takes memory."""
 
 _OP = re.compile(r"torch\.ops\.(aten|redpass)\.[A-Za-z_]\w*\.[A-Za-z_]\w*")
+SIZE_TARGETS = frozenset(
+    {f"_operator.{name}" for name in (
+        "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne",
+        "neg", "or_", "pow", "sub", "truediv",
+    )}
+    | {f"math.{name}" for name in ("ceil", "floor", "trunc")}
+    | {f"torch.sym_{name}" for name in ("float", "int", "ite", "max", "min", "not")}
+)  # fmt: skip
+"""Pure functions on sizes, as a file names them: those of `redpass.ops`, without its imports."""
+
 _REGIONS = frozenset(
     f"torch.ops.higher_order.{name}"
     for name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -52,12 +59,15 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w{0,63}")
 
 def parse(data: bytes, file: Path, place: str) -> Any:
     """Parses a JSON member of bounded size and depth. Raises `LoadError`."""
-    if len(data) > MAX_JSON:
-        raise LoadError(f"{len(data)} bytes of JSON", file=file, place=place)
+    hint = "export the model again with torch.export"
+    parts = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if len(data) > MAX_JSON or parts > MAX_PARTS:
+        text = f"{len(data)} bytes of JSON with {parts} values"
+        raise LoadError(text, file=file, place=place, hint=hint)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"not JSON: {error}", file=file, place=place) from error
+        raise LoadError(f"not JSON: {error}", file=file, place=place, hint=hint) from error
 
 
 def check_model(value: Any, file: Path, place: str) -> Any:
@@ -138,20 +148,7 @@ def is_known_target(target: str) -> bool:
     """Whether a call target is an ATen or redpass op, a size function or a gradient switch."""
     if _OP.fullmatch(target):
         return not target.startswith(_FILE_OPS)
-    return target in _REGIONS or target in _size_targets()
-
-
-def _size_targets() -> set[str]:
-    found = {"_operator.getitem"}
-    for function in SIZE_FUNCTIONS:
-        name = function.__name__
-        if getattr(operator, name, None) is function:
-            found.add(f"_operator.{name}")
-        elif getattr(math, name, None) is function:
-            found.add(f"math.{name}")
-        elif getattr(torch, name, None) is function:
-            found |= {f"torch.{name}", f"torch.sym_{name.removeprefix('sym_')}"}
-    return found
+    return target in _REGIONS or target in SIZE_TARGETS
 
 
 def is_safe_expression(text: Any) -> bool:

@@ -54,7 +54,7 @@ def _check_shards(folder: Path, index: Path) -> None:
     held: dict[str, set[str]] = {}
     for file in sorted(set(wanted.values())):
         if Path(file).name != file:
-            raise LoadError(f"a shard outside the folder: {file}", file=index)
+            raise LoadError(f"a shard outside the folder: {file}", file=index, hint=FETCH)
         if not (folder / file).is_file():
             raise LoadError(
                 f"shard '{file}' is missing", file=index, hint="fetch all files of the model"
@@ -63,7 +63,10 @@ def _check_shards(folder: Path, index: Path) -> None:
     lost = [name for name, file in wanted.items() if name not in held[file]]
     if lost:
         raise LoadError(
-            f"not in the shard the index names ({wanted[lost[0]]})", file=index, place=lost[0]
+            f"not in the shard the index names ({wanted[lost[0]]})",
+            file=index,
+            place=lost[0],
+            hint="fetch all files of the model again",
         )
 
 
@@ -99,10 +102,11 @@ def check_file(path: Path) -> dict[str, Any]:
 def _size(path: Path) -> int:
     try:
         if not path.is_file():
-            raise LoadError("no such file", file=path)
+            raise LoadError("no such file", file=path, hint="fetch all files of the model")
         size = path.stat().st_size
     except OSError as error:
-        raise LoadError(f"cannot be read: {error.strerror}", file=path) from error
+        hint = "check its permissions and links"
+        raise LoadError(f"cannot be read: {error.strerror}", file=path, hint=hint) from error
     if not size:
         raise LoadError("empty file", file=path, hint=FETCH)
     return size
@@ -130,7 +134,8 @@ def _check_layout(header: Mapping[str, Any], data: int, path: Path) -> None:
     for first, last, name in spans:
         if first != end:
             kind = "overlaps the tensor before it" if first < end else "leaves a hole before it"
-            raise LoadError(f"{kind} (offset {first}, expected {end})", file=path, place=name)
+            found = f"{kind} (offset {first}, expected {end})"
+            raise LoadError(found, file=path, place=name, hint=FETCH)
         end = last
     if end != data:
         raise LoadError(
@@ -160,6 +165,9 @@ def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:
         elements *= number
     if elements * bits != (last - first) * 8:
         raise LoadError(
-            f"{entry['dtype']}{shape} does not fit {last - first} bytes", file=path, place=name
+            f"{entry['dtype']}{shape} does not fit {last - first} bytes",
+            file=path,
+            place=name,
+            hint=FETCH,
         )
     return first, last

@@ -1,0 +1,145 @@
+"""Hugging Face folders: `config.json` as data, without the keys that name code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from redpass.checks import safetensors
+from redpass.errors import LoadError
+
+CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
+"""Keys of a configuration that name code to run."""
+
+CHOICE_KEYS = frozenset({"attn_implementation", "experts_implementation"})
+"""Keys that choose an implementation, which may be one from the network."""
+
+PUBLIC_KEYS = frozenset({"_class_name", "__float__"})
+"""Keys that begin like private ones and are part of the format."""
+
+MAX_CONFIG = 16 << 20
+MAX_PARTS = 500_000
+KNOWN = "give a folder saved by save_pretrained of transformers or diffusers"
+
+
+def check(folder: Path) -> None:
+    """Checks a model folder: its configuration and its weights.
+
+    Raises:
+        LoadError: see `read_config` and `safetensors.check_folder`.
+    """
+    folder = model_folder(folder)
+    config, _ = read_config(folder / "config.json")
+    check_kind(config, folder)
+    _check_mentioned(config, folder)
+    safetensors.check_folder(folder)
+
+
+def check_kind(config: dict[str, Any], folder: Path) -> None:
+    """Raises `LoadError` when a configuration does not say what it is of."""
+    file = folder / "config.json"
+    if "_class_name" not in config and "model_type" not in config:
+        found = "the configuration names neither 'model_type' nor '_class_name'"
+        raise LoadError(found, file=file, hint=KNOWN)
+    for key in ("_class_name", "model_type"):
+        if not isinstance(config.get(key, ""), str):
+            raise LoadError("is not text", file=file, place=key, hint=KNOWN)
+    if "quantization_config" in config:
+        hint = "give the model in float32, float16 or bfloat16"
+        raise LoadError("quantised weights are not supported", file=file, hint=hint)
+
+
+def _check_mentioned(config: dict[str, Any], folder: Path) -> None:
+    """Refuses a model type that transformers does not mention, without importing transformers."""
+    kind, found = config.get("model_type"), importlib.util.find_spec("transformers")
+    if kind is None or "_class_name" in config or found is None or found.origin is None:
+        return
+    tables = list((Path(found.origin).parent / "models" / "auto").glob("*.py"))
+    if tables and not any(f'"{kind}"'.encode() in table.read_bytes() for table in tables):
+        raise unknown_kind(kind, folder)
+
+
+def unknown_kind(kind: str, folder: Path) -> LoadError:
+    """Returns the error for a model type that transformers does not have."""
+    return LoadError(
+        f"model_type '{kind}' is not one transformers knows",
+        file=folder / "config.json",
+        hint="redpass runs no code from a folder; build the module yourself and pass it",
+    )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads a configuration and takes out what names code. Returns it with notes on that.
+
+    Raises:
+        LoadError: missing, too large, or not a JSON object.
+    """
+    config = read_json(path)
+    removed: list[str] = []
+    cleaned = _clean(config, removed)
+    notes = (f"ignored in config.json: {', '.join(sorted(set(removed)))}",) if removed else ()
+    return cleaned, notes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of bounded size. Raises `LoadError`."""
+    try:
+        if not path.is_file():
+            hint = "a Hugging Face folder holds config.json"
+            raise LoadError("no such file", file=path, hint=hint)
+        if path.stat().st_size > MAX_CONFIG:
+            hint = "fetch the file again"
+            raise LoadError(f"larger than {MAX_CONFIG} bytes", file=path, hint=hint)
+        value = parse(path.read_bytes())
+    except OSError as error:
+        hint = "check its permissions"
+        raise LoadError(f"cannot be read: {error.strerror}", file=path, hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"not JSON: {error}", file=path, hint="fetch the file again") from error
+    if not isinstance(value, dict):
+        raise LoadError("not a JSON object", file=path, hint="fetch the file again")
+    return value
+
+
+def parse(data: bytes) -> Any:
+    """Parses JSON of bounded size, each key once.
+
+    Raises:
+        ValueError, RecursionError: it is not that.
+    """
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("a git-lfs pointer; run `git lfs pull`")
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_PARTS:
+        raise ValueError("too many values")
+    return json.loads(data.decode("utf-8"))
+
+
+def _clean(value: Any, removed: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_clean(part, removed) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, part in value.items():
+        if key in CODE_KEYS:
+            removed.append(key)
+        elif key in CHOICE_KEYS or (
+            key.startswith("_") and key not in ("_class_name", "__float__")
+        ):
+            continue
+        else:
+            kept[key] = _clean(part, removed)
+    return kept
+
+
+def model_folder(folder: Path) -> Path:
+    """Returns the folder of the denoiser in a diffusers pipeline, else `folder`."""
+    if (folder / "config.json").is_file() or not (folder / "model_index.json").is_file():
+        return folder
+    for part in ("transformer", "unet"):
+        if (folder / part / "config.json").is_file():
+            return folder / part
+    hint = "give the folder of the model itself"
+    raise LoadError("a pipeline without 'transformer' or 'unet'", file=folder, hint=hint)

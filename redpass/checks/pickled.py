@@ -1,0 +1,106 @@
+"""`.pt` and `.pth`: what a pickle asks for, listed without running it.
+
+A pickle is a program. The names it imports stand in it in plain sight, as long as it uses the
+instructions that `torch.save` writes; one that hides them is refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from redpass.checks import archive
+from redpass.errors import LoadError
+
+AGAIN = "save it again with torch.save"
+MAX_PICKLE, MAX_STEPS = 64 << 20, 4_000_000
+"""Bytes and instructions of the pickle itself, without the tensors, which lie beside it."""
+
+_HARMLESS = re.compile(
+    r"torch(\.\w+)*|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"|builtins\.(set|bytearray|complex)"
+)
+"""Names that PyTorch may know; whether it does is asked where PyTorch is there."""
+
+
+def check(path: Path, allow: Collection[str] = ()) -> list[str]:
+    """Checks a `.pt` and returns the dotted names its pickle imports.
+
+    Args:
+        allow: classes that may be named besides PyTorch's own, as `package.module.Class`.
+
+    Raises:
+        LoadError: damaged, TorchScript, an old or hidden pickle, or one that names what neither
+            PyTorch nor `allow` can mean.
+    """
+    if not archive.is_archive(path):
+        archive.check_pointer(path)
+        raise LoadError(
+            "no zip archive: a bare pickle or the format of PyTorch before 1.6",
+            file=path,
+            hint=f"{AGAIN}; redpass does not run old pickles",
+        )
+    members = archive.check(path)
+    if any(m.filename.split("/")[-1] == "constants.pkl" for m in members):
+        raise LoadError("TorchScript, which holds code", file=path, hint="save an nn.Module")
+    found = _names(path, members)
+    for name in found:
+        if name not in allow and not _HARMLESS.fullmatch(name):
+            raise not_allowed(name, path)
+    return found
+
+
+def not_allowed(name: str, path: Path) -> LoadError:
+    """Returns the error for a name that a pickle may not ask for."""
+    return LoadError(
+        f"the pickle asks for '{name}', which is not allowed",
+        file=path,
+        hint=f"if you trust that class, pass --allow {name} (allow=('{name}',)); "
+        "--trust-file runs whatever the file says",
+    )
+
+
+def _names(path: Path, members: Iterable[zipfile.ZipInfo]) -> list[str]:
+    inside = [m for m in members if m.filename.split("/")[1:] == ["data.pkl"]]
+    if len(inside) != 1:
+        raise LoadError("no data.pkl: not written by torch.save", file=path, hint=AGAIN)
+    place = inside[0].filename
+    if inside[0].file_size > MAX_PICKLE:
+        found = f"a pickle of {inside[0].file_size} bytes without its tensors"
+        raise LoadError(found, file=path, place=place, hint=AGAIN)
+    with zipfile.ZipFile(path) as opened:
+        data = opened.read(inside[0])
+    try:
+        return list(dict.fromkeys(_imports(data, path, place)))
+    except LoadError:
+        raise
+    except Exception as error:  # pickletools fails in many ways on what is no pickle
+        found = f"a damaged pickle: {error}"
+        raise LoadError(found, file=path, place=place, hint=archive.FETCH) from error
+
+
+def _imports(data: bytes, path: Path, place: str) -> Iterable[str]:
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number > MAX_STEPS:
+            found = f"a pickle of more than {MAX_STEPS} instructions"
+            raise LoadError(found, file=path, place=place, hint=AGAIN)
+        if opcode.name in ("GLOBAL", "INST"):
+            yield _modern(*str(argument).split(" ", 1))
+        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise LoadError(
+                f"a pickle with {opcode.name}, in which the classes it names cannot be listed",
+                file=path,
+                place=place,
+                hint="save it again with torch.save(model, path) and its own pickle_protocol, "
+                "2; or, for a file you made yourself, --trust-file",
+            )
+
+
+def _modern(module: str, name: str) -> str:
+    """Returns the Python 3 name of a global, as the unpickler maps it."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
