@@ -1,4 +1,4 @@
-"""Heat maps as SVG parts: a labelled square matrix becomes strips of equal colour."""
+"""Heat maps as SVG parts: a labelled matrix becomes strips of equal colour."""
 
 from __future__ import annotations
 
@@ -39,21 +39,16 @@ class HeatMap:
     """All parts of one drawing.
 
     Attributes:
+        rows, columns: their labels.
         colors: one CSS colour a level, low to high.
-        low, high: the figures at the two ends of the scale.
+        matrix: what is drawn: title, axis titles, note, the figures at the ends of the scale.
     """
 
-    title: str
-    labels: list[Label]
+    rows: list[Label]
+    columns: list[Label]
     strips: list[Strip]
     colors: list[str]
-    low: float
-    high: float
-
-    @property
-    def size(self) -> int:
-        """Rows, which are as many as columns."""
-        return len(self.labels)
+    matrix: Matrix
 
 
 def heat_map(matrix: Matrix, removed: Collection[str] = ()) -> HeatMap:
@@ -62,13 +57,17 @@ def heat_map(matrix: Matrix, removed: Collection[str] = ()) -> HeatMap:
     Args:
         removed: labels (without a leading `after `) of the places that are gone.
     """
-    step = max(1, math.ceil(len(matrix.labels) / 64))
-    labels = [
-        Label(text.removeprefix("after "), text.removeprefix("after ") in removed, not i % step)
-        for i, text in enumerate(matrix.labels)
-    ]
-    strips = _cells(matrix) if len(labels) <= MOST_TITLES else _runs(levels(matrix))
-    return HeatMap(matrix.title, labels, strips, colors(), matrix.low, matrix.high)
+    rows = _labels(matrix.labels, removed)
+    columns = _labels(matrix.columns or matrix.labels, removed)
+    is_small = max(len(rows), len(columns)) <= MOST_TITLES
+    strips = _cells(matrix) if is_small else _runs(levels(matrix))
+    return HeatMap(rows, columns, strips, colors(matrix.alike), matrix)
+
+
+def _labels(texts: list[str], removed: Collection[str]) -> list[Label]:
+    step = max(1, math.ceil(len(texts) / 64))
+    names = [text.removeprefix("after ") for text in texts]
+    return [Label(name, name in removed, not i % step) for i, name in enumerate(names)]
 
 
 def levels(matrix: Matrix) -> list[list[int]]:
@@ -76,15 +75,20 @@ def levels(matrix: Matrix) -> list[list[int]]:
     return [[_level(value, matrix) for value in row] for row in matrix.values]
 
 
-def colors() -> list[str]:
-    """Returns one CSS colour a level, low to high."""
-    return [_color(level / (LEVELS - 1)) for level in range(LEVELS)]
+def colors(alike: str = "high") -> list[str]:
+    """Returns one CSS colour a level, low to high; the end that says `alike` is light."""
+    found = [_color(level / (LEVELS - 1)) for level in range(LEVELS)]
+    return found if alike == "high" else found[::-1]
 
 
 def _cells(matrix: Matrix) -> list[Strip]:
-    names = [text.removeprefix("after ") for text in matrix.labels]
+    rows = [text.removeprefix("after ") for text in matrix.labels]
+    columns = [text.removeprefix("after ") for text in matrix.columns or matrix.labels]
+    if matrix.columns:
+        rows = [f"{text} {matrix.y_title}" for text in rows]
+        columns = [f"from {text}" for text in columns]
     return [
-        Strip(level, f"M{x} {y}h1v1h-1z", f"{names[y]} / {names[x]}: {matrix.values[y][x]:.4f}")
+        Strip(level, f"M{x} {y}h1v1h-1z", f"{rows[y]} / {columns[x]}: {matrix.values[y][x]:.4f}")
         for y, row in enumerate(levels(matrix))
         for x, level in enumerate(row)
         if level >= 0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from redpass.errors import clean
 from redpass.record import RunRecord
 from redpass.report import figures, rows
+from redpass.report.bars import bar_charts
+from redpass.report.curves import line_charts
 from redpass.report.heatmap import heat_map
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def render(record: RunRecord) -> str:
             table=rows.before_after(record),
             tiles=rows.headline(record),
             maps=[heat_map(matrix, gone) for matrix in record.matrices],
+            bars=bar_charts(record),
+            curves=line_charts(record.curves),
             done=rows.action_groups(record),
             skipped=rows.skip_groups(record),
             slowest=max((item.seconds for item in record.passes), default=0.0),

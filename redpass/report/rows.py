@@ -180,8 +180,9 @@ def saving(name: str, value: float) -> str:
 
 
 def removed(record: RunRecord) -> set[str]:
-    """Returns the labels of the branches that are not in the result any more."""
-    return {branch.label for branch in record.branches if branch.outcome != "kept"}
+    """Returns the labels of the branches and layers that are not in the result any more."""
+    branches = {branch.label for branch in record.branches if branch.outcome != "kept"}
+    return branches | {layer.label for layer in record.layers if layer.outcome == "dropped"}
 
 
 def shown(texts: Iterable[str], limit: int = 3) -> str:

@@ -17,6 +17,7 @@ from redpass.record import (
     BranchRecord,
     CostRecord,
     LatencyRecord,
+    LayerRecord,
     Matrix,
     PassRecord,
     RunRecord,
@@ -50,8 +51,9 @@ def before_after(record: RunRecord) -> Table:
 def branches(records: Sequence[BranchRecord]) -> Table:
     """Returns the per-branch table, with the similarity where it was measured."""
     measured = any(record.similarity is not None for record in records)
+    figured = any(record.entropy is not None for record in records)
     names = ["branch", "kind", "parameters", "FLOPs", *(["similarity", ""] if measured else [])]
-    table = _table(*names, right=(2, 3, 4))
+    table = _table(*names, *(["entropy"] if figured else []), right=(2, 3, 4, 6))
     for record in records:
         cells: list[RenderableType] = [
             Text(clean(record.label, 80), "" if record.outcome == "kept" else "strike red"),
@@ -61,7 +63,27 @@ def branches(records: Sequence[BranchRecord]) -> Table:
         ]
         if measured:
             cells += [figures.plain(record.similarity), _bar(record.similarity)]
+        cells += [figures.plain(record.entropy)] if figured else []
         table.add_row(*cells)
+    return table
+
+
+def layers(records: Sequence[LayerRecord]) -> Table:
+    """Returns the per-layer table, with the columns that hold figures."""
+    columns: dict[str, list[float | None]] = {
+        "block influence": [record.influence for record in records],
+        "macro influence": [record.macro_influence for record in records],
+        "entropy, nats": [record.entropy for record in records],
+    }
+    known = {k: found for k, found in columns.items() if any(v is not None for v in found)}
+    table = _table("layer", "parameters", "FLOPs", *known, right=range(1, 6))
+    for place, record in enumerate(records):
+        table.add_row(
+            Text(clean(record.label, 80), "strike red" if record.outcome == "dropped" else ""),
+            figures.count(record.parameters),
+            figures.count(record.flops),
+            *(figures.plain(found[place]) for found in known.values()),
+        )
     return table
 
 
@@ -84,17 +106,18 @@ def matrix(data: Matrix, *, color: bool = True) -> RenderableType:
     Args:
         color: whether the terminal has colours; shades stand for them where it has none.
     """
-    lines = [Text(clean(data.title), "dim")]
+    axes = f"; down: {data.y_title}, across: {data.x_title}" if data.x_title else ""
+    lines = [Text(clean(f"{data.title}{axes}"), "dim")]
     for label, row in zip(data.labels, levels(data), strict=True):
         line = Text()
         for level in row:
-            line.append_text(_cell(level, color))
+            line.append_text(_cell(level, data.alike, color))
         name = clean(label.removeprefix("after "), 40)
         lines.append(line.append(f" {name}", "dim"))
     scale = Text(f"{figures.plain(data.low, 3)} ")
     for level in range(LEVELS):
-        scale.append_text(_cell(level, color))
-    lines.append(scale.append(f" {figures.plain(data.high, 3)}"))
+        scale.append_text(_cell(level, data.alike, color))
+    lines.append(scale.append(f" {figures.plain(data.high, 3)}\n"))
     return Parts(*lines)
 
 
@@ -212,12 +235,13 @@ def _bar(share: float | None, width: int = 8) -> Text:
     return Text.assemble(("━" * full, "blue"), ("┄" * (width - full), "dim"))
 
 
-def _cell(level: int, color: bool) -> Text:
+def _cell(level: int, alike: str, color: bool) -> Text:
     if level < 0:
         return Text("  ")
     if color:
-        return Text("██", colors()[level])
-    return Text(2 * SHADES[level * len(SHADES) // LEVELS])
+        return Text("██", colors(alike)[level])
+    shown = level if alike == "high" else LEVELS - 1 - level
+    return Text(2 * SHADES[shown * len(SHADES) // LEVELS])
 
 
 def _table(*names: str, right: Sequence[int] = ()) -> Table:

@@ -10,7 +10,10 @@ from redpass.record import (
     ActionRecord,
     BranchRecord,
     CostRecord,
+    Curve,
+    CurvePoint,
     LatencyRecord,
+    LayerRecord,
     Matrix,
     PassRecord,
     QualityRecord,
@@ -56,7 +59,7 @@ def sample(layers: int = 12, model: str = "models/all-MiniLM-L6-v2") -> RunRecor
             )
             for i, label in enumerate(labels)
         ],
-        matrices=[_matrix(labels)],
+        matrices=[_matrix(labels), _spans(layers)],
         latency=[
             LatencyRecord("onnxruntime", "batch 1, seq 128", 14.2, 11.3, 0.796, (0.788, 0.806)),
             LatencyRecord("eager", "batch 1, seq 128", 31.0, 25.2, 0.81, (0.78, 0.86)),
@@ -66,6 +69,15 @@ def sample(layers: int = 12, model: str = "models/all-MiniLM-L6-v2") -> RunRecor
         notes=["The position table limits seq to 512 (modeling_bert.py:104)."],
         machine={"processor": "x86_64", "threads": "2", "python": "3.11.7", "torch": "2.13.0"},
         seconds=73.4,
+        curves=_curves(),
+        layers=[
+            LayerRecord(
+                f"layers.{i}", labels[2 * i : 2 * i + 2], 1_773_000, 4.5e8,
+                0.4 * math.exp(-i / 2) + 0.0002, 0.6 * math.exp(-i / 3) + 0.001, -0.5 - 0.1 * i,
+                "without attention" if f"layers.{i}.attention" in DROPPED else "kept",
+            )
+            for i in range(layers)
+        ],
     )  # fmt: skip
 
 
@@ -78,7 +90,11 @@ def hostile() -> RunRecord:
         actions=[replace(record.actions[0], target=text, key=text, reason=text, why=text)],
         skips=[SkipRecord(text, text, text, text)],
         branches=[replace(record.branches[0], label=text, outcome=text)],
-        matrices=[Matrix(text, [text], [[1.0]])],
+        matrices=[
+            Matrix(text, [text], [[1.0]], columns=[text], x_title=text, y_title=text, note=text)
+        ],
+        layers=[replace(record.layers[0], label=text, branches=[text], outcome=text)],
+        curves=[Curve(text, text, text, [CurvePoint(0.1, 2.0, 0.1, text)], text)],
         notes=[text],
         dims={text: text},
         machine={text: text},
@@ -98,6 +114,31 @@ def _matrix(labels: list[str]) -> Matrix:
     ]
     names = ["input", *(f"after {label}" for label in labels)]
     return Matrix("Mean cosine between the residual stream's values", names, values, 0.0, 1.0)
+
+
+def _spans(layers: int) -> Matrix:
+    values = [
+        [0.05 * (n + 1) ** 0.7 * (1 + abs(start + n / 2 - layers / 2) / layers)
+         if start + n < layers else None for start in range(layers)]
+        for n in range(layers)
+    ]  # fmt: skip
+    return Matrix(
+        "Angular distance over spans of layers", [str(n + 1) for n in range(layers)], values,
+        0.0, 0.5, [f"layers.{i}" for i in range(layers)], "low",
+        "layers in the span", "first layer of the span", "The lightest cell of a row is the best.",
+    )  # fmt: skip
+
+
+def _curves() -> list[Curve]:
+    slopes = {"verified greedy on branches": 1.2, "verified greedy on layers": 2.0,
+              "block influence, one-shot": 4.7, "random": 11.0}  # fmt: skip
+    return [
+        Curve(method, "perplexity", "lower", [
+            CurvePoint(share, 12.5 * math.exp(slope * share * (1 + share)), 0.4 + slope * share, f"step {number}" * (number > 0))
+            for number, share in enumerate((0.0, 0.08, 0.125, 0.17, 0.25, 0.33))
+        ])
+        for method, slope in slopes.items()
+    ]  # fmt: skip
 
 
 def _passes() -> list[PassRecord]:

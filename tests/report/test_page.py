@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from sample import DROPPED, hostile, sample
 
-from redpass.record import CostRecord, RunRecord
+from redpass.record import CostRecord, CurvePoint, RunRecord
 from redpass.report import render, rows
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -84,11 +84,12 @@ def test_every_action_and_skip_is_there(page: Page, record: RunRecord) -> None:
     assert record.command in page.text
 
 
-def test_map_has_a_cell_a_pair_and_marks_what_was_removed(page: Page, record: RunRecord) -> None:
+def test_map_has_a_cell_a_pair_and_marks_what_was_removed(record: RunRecord) -> None:
     side = len(record.matrices[0].labels)
+    page = Page(render(dataclasses.replace(record, matrices=record.matrices[:1], curves=[])))
     paths = [attributes for tag, attributes in page.elements if tag == "path"]
     assert sum("fill" in attributes for attributes in paths) == side * side
-    assert sum(attributes.get("class") == "edge" for attributes in paths) == len(DROPPED)
+    assert sum(attributes.get("class") == "edge" for attributes in paths) == 2 * len(DROPPED)
     marked = [a for tag, a in page.elements if tag == "text" and a.get("class") == "gone"]
     assert len(marked) == 2 * len(DROPPED)
     assert "layers.3.attention / layers.2.feed-forward: " in page.text
@@ -96,7 +97,7 @@ def test_map_has_a_cell_a_pair_and_marks_what_was_removed(page: Page, record: Ru
 
 def test_large_map_stays_small() -> None:
     text = render(sample(layers=64))
-    assert Page(text).count("path") < 100
+    assert Page(text).count("path") < 130
     assert len(text) < 300_000
 
 
@@ -131,11 +132,12 @@ def test_record_with_nothing_in_it() -> None:
     record = dataclasses.replace(
         sample(), verdict="no budget", before=nothing, after=nothing, passes=[], actions=[],
         skips=[], quality=[], branches=[], matrices=[], latency=[], notes=[], machine={},
+        layers=[], curves=[],
         command="", data="", data_digest="", model_digest="", budget="",
     )  # fmt: skip
     page = Page(render(record))
     assert "measured, nothing changed" in page.text
-    for part in ("Before and after", "What was done", "Where the redundancy is"):
+    for part in ("Before and after", "What was done", "Where the redundancy is", "Quality against"):
         assert part not in page.text
     idle = dataclasses.replace(record, passes=sample().passes)
     assert "no pass found anything to change" in Page(render(idle)).text
@@ -146,6 +148,49 @@ def test_figures_that_were_not_measured_are_not_numbers() -> None:
     quality = [dataclasses.replace(q, stderr=None, value=float("nan")) for q in record.quality]
     values = [[None] * 25] * 25
     matrix = dataclasses.replace(record.matrices[0], values=values)
-    text = render(dataclasses.replace(record, quality=quality, matrices=[matrix]))
+    layers = [dataclasses.replace(layer, influence=None) for layer in record.layers]
+    curves = [
+        dataclasses.replace(c, points=[CurvePoint(0.1, float("nan")), CurvePoint(0.2, 4.0, None)])
+        for c in record.curves
+    ]
+    text = render(
+        dataclasses.replace(
+            record, quality=quality, matrices=[matrix], layers=layers, curves=curves
+        )
+    )
     assert "nan" not in Page(text).text
     assert "None" not in Page(text).text
+
+
+def test_bars_and_curves_tell_their_figures_and_units(page: Page, record: RunRecord) -> None:
+    assert "Influence of layers" in page.text
+    assert "Influence of branches" in page.text
+    assert "layers.4, block influence: 0.05" in page.text
+    assert "layers.4, attention: " in page.text
+    axes = ("parameters removed, %", "perplexity, lower is better (log scale)", "1,000")
+    for text in ("Perplexity against parameters removed", *axes):
+        assert text in page.text
+    point = record.curves[2].points[1]
+    words = f"{point.quality:.5g} ± {point.stderr:.2g} at 8.0% of parameters removed, step 1"
+    assert f"block influence, one-shot: {words}" in page.text
+    for curve in record.curves:
+        assert page.text.count(curve.method) >= len(curve.points)
+
+
+def test_map_of_spans_names_its_axes_and_leaves_out_what_there_is_not(record: RunRecord) -> None:
+    spans = next(m for m in record.matrices if m.columns)
+    page = Page(render(dataclasses.replace(record, matrices=[spans], curves=[])))
+    known = sum(value is not None for row in spans.values for value in row)
+    assert known < len(spans.labels) * len(spans.columns)
+    paths = [attributes for tag, attributes in page.elements if tag == "path"]
+    assert sum("fill" in attributes for attributes in paths) == known
+    for text in ("layers in the span", "first layer of the span", "3 layers in the span / from "):
+        assert text in page.text
+
+
+def test_dropped_layers_are_struck_through(record: RunRecord) -> None:
+    layers = [dataclasses.replace(record.layers[0], outcome="dropped"), *record.layers[1:]]
+    page = Page(render(dataclasses.replace(record, layers=layers, branches=[])))
+    rows = [a for tag, a in page.elements if tag == "tr" and a.get("class") == "gone"]
+    assert len(rows) == 1
+    assert [a for tag, a in page.elements if tag == "text" and a.get("class") == "gone"]

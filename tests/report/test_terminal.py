@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
@@ -52,6 +53,25 @@ def test_map_with_and_without_colours() -> None:
     assert "\x1b" not in plain
     assert len({*plain} & {*terminal.SHADES}) > 2, "without colours shades tell the figures apart"
     assert "38;2;" in drawn(terminal.matrix(data), 100, color=True)
+
+
+def test_layers_show_the_columns_that_were_measured() -> None:
+    layers = sample().layers
+    whole = drawn(terminal.layers(layers), 100)
+    assert "macro influence" in whole
+    assert "0.4002" in whole
+    partly = [replace(layer, macro_influence=None) for layer in layers]
+    assert "macro influence" not in drawn(terminal.layers(partly), 100)
+    assert "block influence" in drawn(terminal.layers(partly), 100)
+
+
+def test_map_of_distances_is_dense_where_parts_are_alike() -> None:
+    spans = next(m for m in sample().matrices if m.alike == "low")
+    lines = drawn(terminal.matrix(spans, color=False), 100).splitlines()
+    assert "down: layers in the span, across: first layer of the span" in lines[0]
+    dense = [sum(map(terminal.SHADES.index, line[:24])) for line in lines[1:13]]
+    assert dense[0] > dense[-1] > 0
+    assert lines[12][2:24].strip() == ""
 
 
 def test_place_chooses_what_is_told() -> None:

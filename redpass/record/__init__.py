@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from redpass.record.drawn import BranchRecord, Curve, CurvePoint, LayerRecord, Matrix
+
+__all__ = [
+    "OUTCOMES", "ActionRecord", "BranchRecord", "CostRecord", "Curve", "CurvePoint",
+    "LatencyRecord", "LayerRecord", "Matrix", "PassRecord", "QualityRecord", "Recipe",
+    "RunRecord", "SkipRecord", "from_json",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -112,71 +121,6 @@ class CostRecord:
 
 
 @dataclass(frozen=True)
-class BranchRecord:
-    """One branch of the original model, for the per-branch table.
-
-    Attributes:
-        similarity: mean cosine between the stream before and after the branch, or None.
-        outcome: `kept`, `dropped`, or what else was done to it.
-    """
-
-    label: str
-    kind: str
-    layer: int
-    parameters: int
-    flops: float
-    similarity: float | None
-    outcome: str
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A labelled square matrix, drawn as a heat map."""
-
-    title: str
-    labels: list[str]
-    values: list[list[float]]
-    low: float = 0.0
-    high: float = 1.0
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Quality at one share removed.
-
-    Attributes:
-        removed: share of the cost that is gone, 0 for the untouched model, below 1.
-        quality: the metric there.
-        stderr: its standard error, NaN where it is not known.
-        label: what was done to get there (the action that was added last), or "".
-    """
-
-    removed: float
-    quality: float
-    stderr: float = float("nan")
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Quality against the share removed, for one method; points by rising share.
-
-    Curves with equal `metric` and `cost` are drawn in one plot.
-
-    Attributes:
-        method: the method in words: `verified greedy on branches`.
-        metric: what `quality` is; `better` says whether `lower` or `higher` is better.
-        cost: what is removed: `parameters`, `flops`...
-    """
-
-    method: str
-    metric: str
-    better: str
-    points: list[CurvePoint]
-    cost: str = "parameters"
-
-
-@dataclass(frozen=True)
 class LatencyRecord:
     """One comparison of original and result in one runner; times in milliseconds, medians.
 
@@ -220,6 +164,7 @@ class RunRecord:
 
     Attributes:
         verdict: `met`, `missed`, `no budget` or `dry run`.
+        layers: the per-layer table of the original model.
         curves: quality against share removed: the run's own path, and others to compare it with.
         dims: named dimensions with their ranges in words.
         machine: CPU, threads, versions.
@@ -249,6 +194,7 @@ class RunRecord:
     machine: dict[str, str]
     seconds: float
     curves: list[Curve] = field(default_factory=list)
+    layers: list[LayerRecord] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Returns the record as JSON text, indented, with stable key order."""
@@ -267,6 +213,8 @@ def from_json(kind: type[T], data: Any) -> T:
 
 
 def _value(hint: Any, value: Any) -> Any:
+    if hint is float and value is None:  # JSON has no NaN
+        return math.nan
     if is_dataclass(hint) and isinstance(value, Mapping):
         return from_json(hint, value)  # type: ignore[arg-type]
     if get_origin(hint) is list:
