@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from redpass.codegen.decompose import decompose
 from redpass.errors import ExportError
 from redpass.export.check import Report, check_outputs, whole_or_gone
 from redpass.export.generic import translate_generic
@@ -68,9 +69,13 @@ def to_onnx(
 def build(program: Program, opset: int = OPSET) -> ir.Model:
     """Returns the ONNX model of a program; its weights are read when it is saved.
 
+    `redpass::` ops become the standard operators of their references, fused as any others are, so
+    ONNX Runtime needs no library of ours.
+
     Raises:
         ExportError: an op that ONNX cannot hold.
     """
+    program = decompose(program)
     try:
         model = translate(program, opset)
     except UntranslatedError as reason:

@@ -1,0 +1,64 @@
+"""`lower`: a program with `redpass::` ops where their kernels win, checked against itself before.
+
+Done last, and on the machine that runs the program: what wins depends on the device. Files are
+written without the ops (see `redpass.codegen.decompose`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from redpass import config
+from redpass.codegen import ops as kernels_of
+from redpass.codegen import tuning
+from redpass.codegen.lower import LowerHotPaths
+from redpass.codegen.tune import chooser
+from redpass.config import CHOICES
+from redpass.engine import Engine
+from redpass.errors import UsageError, nearest
+from redpass.program import Program
+from redpass.progress import Listener, Silent
+from redpass.record import ActionRecord, PassRecord, SkipRecord
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The lowered program, and what was done or left, place by place."""
+
+    program: Program
+    passes: list[PassRecord]
+    actions: list[ActionRecord]
+    skips: list[SkipRecord]
+
+
+def lower(
+    program: Program,
+    kernels: str | None = None,
+    *,
+    cache: Path | None = None,
+    listener: Listener | None = None,
+    seed: int = 0,
+) -> Lowered:
+    """Puts `redpass::` ops where they pay, and checks that the result computes the same.
+
+    Args:
+        kernels: `auto` lowers what was measured to win on this GPU, `triton` all places that a
+            kernel takes, `reference` none. `REDPASS_KERNELS` by default.
+        cache: folder of the timings; the user's cache folder by default.
+        seed: seeds the inputs that before and after are compared on.
+
+    Raises:
+        UsageError: `kernels` is none of the three.
+    """
+    settings = config.from_environment()
+    chosen = settings.kernels if kernels is None else kernels
+    if chosen not in CHOICES["kernels"]:
+        hint = nearest(chosen, CHOICES["kernels"])
+        raise UsageError(f"'{chosen}' are no kernels", place="kernels", hint=hint)
+    records = tuning.read(tuning.cache_folder(cache), tuning.this_device())
+    kernels_of.use_configs_of(chooser(records) if records.timings else None)
+    # A limit or a skip list is about the passes of the run before.
+    engine = Engine(program, replace(settings, limit=None), listener or Silent(), seed)
+    engine.run_exact(LowerHotPaths(chosen, records))
+    return Lowered(engine.program, engine.passes, engine.actions, engine.skips)
