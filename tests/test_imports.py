@@ -22,7 +22,18 @@ LAYERS = (
     {"text", "program", "ops", "data", "plan", "partial", "state", "stored"},
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
-    {"engine", "lowering", "recipe", "budget", "summary", "pipeline", "frontend", "export", "runtime", "bench"},
+    {
+        "engine",
+        "lowering",
+        "recipe",
+        "budget",
+        "summary",
+        "pipeline",
+        "frontend",
+        "export",
+        "runtime",
+        "bench",
+    },
     {"report", "cli"},
 )
 """Low to high: a module imports from its own layer and those before it."""
