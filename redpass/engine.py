@@ -19,7 +19,7 @@ from redpass.errors import PassError, RedpassError, VerifyError
 from redpass.facts import Facts
 from redpass.journal import Journal
 from redpass.lineage import extend
-from redpass.passes.spec import format_pass
+from redpass.passes.spec import format_pass, format_passes
 from redpass.plan import Action, Exactness, Pass, Plan
 from redpass.program import Program, Step
 from redpass.progress import Listener
@@ -117,14 +117,21 @@ class Engine:
         self.note_pass(pass_, len(kept), len(plan.skips), check, before, started)
         return bool(kept)
 
-    def adopt(self, program: Program, pass_: Pass, actions: Sequence[Action], check: Check) -> None:
-        """Makes `program` the current one, with a step in its history."""
+    def adopt(
+        self, program: Program, passes: Sequence[Pass], actions: Sequence[Action], check: Check
+    ) -> None:
+        """Makes `program` the current one, with a step in its history.
+
+        Args:
+            passes: those that planned the actions, of one exactness.
+        """
+        is_lossy = passes[0].exactness is Exactness.APPROXIMATE
         keys = tuple(action.key for action in actions)
-        if pass_.exactness is Exactness.APPROXIMATE:
+        if is_lossy:
             program = replace(program, lineage=extend(self.program, self.source, actions))
-        self.program = program.with_steps(Step(format_pass(pass_), keys, check.reason))
+        self.program = program.with_steps(Step(format_passes(passes), keys, check.reason))
         self.facts = Facts(self.program, self.calibration, self.journal)
-        if pass_.exactness is Exactness.APPROXIMATE:
+        if is_lossy:
             self.baseline = self.program
             self.__dict__.pop("_references", None)
             self.__dict__.pop("inputs", None)
@@ -177,7 +184,7 @@ class Engine:
         return [], check
 
     def _accept(self, pass_: Pass, kept: list[Action], after: Program, check: Check) -> None:
-        self.adopt(after, pass_, kept, check)
+        self.adopt(after, [pass_], kept, check)
         for action in kept:
             self.applied += 1
             self.note(pass_, action, "applied", check.reason)

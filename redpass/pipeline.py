@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import redpass
 from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
-from redpass.budget.search import Search, measure
-from redpass.budget.spec import Budget, doubts, parse_budget, worst_case
+from redpass.budget.search import METHODS, Search
+from redpass.budget.spec import Budget, parse_budget
+from redpass.budget.verdict import Verdict, check_possible, guilty, judge
 from redpass.config import Settings
 from redpass.data import Batches, Splits
 from redpass.engine import Engine
-from redpass.errors import BudgetError, DataError
+from redpass.errors import BudgetError, DataError, PassError, UsageError, nearest
 from redpass.facts import Facts
 from redpass.journal import Journal, kept_until_done
 from redpass.passes import default_pipeline
-from redpass.passes.spec import format_pass, parse_passes
+from redpass.passes.spec import format_passes, parse_passes
 from redpass.plan import Exactness, Pass
 from redpass.program import Program
 from redpass.progress import Listener, Silent, track
-from redpass.record import QualityRecord, Recipe, RunRecord
-from redpass.rewrite import apply
+from redpass.record import Recipe, RunRecord
+from redpass.state import renumber_state
 from redpass.summary import (
     branch_records,
     dimension_range,
@@ -37,7 +38,6 @@ from redpass.summary import (
     measured_similarity,
     work_key,
 )
-from redpass.verify.metrics import find_metric
 from redpass.verify.originals import Originals
 
 MOST_ROUNDS = 4
@@ -45,6 +45,9 @@ MOST_ROUNDS = 4
 
 FEW = 8
 """How many batches tell hopeless candidates of an approximate pass from the others."""
+
+
+NOT_FOR_IT = "leave the pass out of --passes; `redpass inspect` shows the structure that was found"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def optimize(
     command: str = "",
     journal: Path | None = None,
     resume: bool = False,
+    search: str = "greedy",
 ) -> Result:
     """Optimises a program.
 
@@ -81,6 +85,8 @@ def optimize(
         command: the command line, for the report.
         journal: stem of the file that keeps what was measured until the result is written.
         resume: go on with what an earlier run of the same work left there.
+        search: how candidates of approximate passes are chosen: `greedy` (each step measured) or
+            `one-shot` (in the order of the passes' own scores).
 
     Raises:
         UsageError: an unknown pass, option, metric, or a budget that makes no sense.
@@ -90,12 +96,16 @@ def optimize(
         PassError: a pass failed inside; names the reproducer.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
+    if search not in METHODS:
+        raise UsageError(
+            f"unknown search '{search}'", place="--search", hint=nearest(search, METHODS)
+        )
     chosen = _passes(passes, budget)
     _preflight(chosen, budget, data)
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())
     run.sizes = sizes or usual_sizes(program)
-    run.seed, run.command = seed, command
-    key = work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
+    run.seed, run.command, run.method, run.is_named = seed, command, search, passes is not None
+    key = search + work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
     run.journal = Journal.open(journal, key, fresh=not resume)
     with kept_until_done(run.journal, run.listener):
         return run.go(chosen)
@@ -132,6 +142,8 @@ class _Run:
     sizes: dict[str, int] = None  # type: ignore[assignment]  # set right after construction
     seed: int = 0
     command: str = ""
+    method: str = "greedy"
+    is_named: bool = False
     journal: Journal = field(default_factory=Journal)
     _known: dict[tuple[str, int | None], Originals] = field(default_factory=dict)
 
@@ -140,21 +152,27 @@ class _Run:
         shared = (self.settings, self.listener, self.seed, self._calibration())
         self.engine = Engine(self.original, *shared, journal=self.journal)
         self.before = cost_record(self.original, self.sizes)
-        self.quality: list[QualityRecord] = []
         self.searches: list[Search] = []
-        self.doubts: list[str] = []
-        self._check_possible()
-        for pass_ in track(passes, self.listener, "passes", len(passes)):
-            self._one(pass_)
-        verdict, miss = self._verdict()
-        record = self._record(verdict, time.perf_counter() - started)
-        if miss:
-            error = BudgetError(
-                miss, place=self._guilty(), hint="loosen --budget, or give more data"
-            )
+        if self.data is not None and self.budget.limits:
+            check_possible(self.budget, self.original, self._originals)
+        groups = grouped(passes)
+        for group in track(groups, self.listener, "passes", len(groups)):
+            self._run(group)
+        self.verdict = judge(
+            self.budget, self.engine.program, self.before, self._originals if self.data else None
+        )
+        for doubt in self.verdict.doubts:
+            self.listener.message(doubt)
+        program = renumber_state(self.engine.program)
+        record = self._record(self.verdict, time.perf_counter() - started)
+        if self.verdict.miss:
+            steps = [(search.base, search.accepted) for search in self.searches]
+            place = guilty(self.budget, steps, self._originals("reporting"))
+            hint = "loosen --budget, or give more data"
+            error = BudgetError(self.verdict.miss, place=place, hint=hint)
             error.record = record  # type: ignore[attr-defined]
             raise error
-        return Result(self.engine.program, record)
+        return Result(program, record)
 
     def _originals(self, split: str, most: int | None = None) -> Originals:
         """What the original says about a split, or its first `most` batches; computed once."""
@@ -165,30 +183,17 @@ class _Run:
             self._known[key] = Originals(self.original, part, journal=self.journal)
         return self._known[key]
 
-    def _check_possible(self) -> None:
-        """Raises before any search when the data are too few or the untouched model misses."""
-        if self.data is None or not self.budget.limits:
-            return
-        for limit in self.budget.limits:
-            for part in (self.data.choosing, self.data.reporting):
-                find_metric(limit.metric).check(self.original, part)
-        found = measure(self.budget, self.original, self._originals("choosing"), "choosing")
-        miss = worst_case(found, self.budget, 0.0)
-        if miss:
-            raise BudgetError(
-                f"the original model itself misses the budget: {miss}", hint="loosen --budget"
-            )
-
-    def _one(self, pass_: Pass) -> None:
-        if pass_.exactness is Exactness.APPROXIMATE:
-            self._search(pass_)
+    def _run(self, passes: Sequence[Pass]) -> None:
+        """Runs one exact pass to its fixpoint, or searches over approximate ones together."""
+        if passes[0].exactness is Exactness.APPROXIMATE:
+            self._search(passes)
         else:
             for _ in range(MOST_ROUNDS):
-                if not self.engine.run_exact(pass_):
+                if not self.engine.run_exact(passes[0]):
                     break
-        _show(pass_, self.engine)
+        _show(passes, self.engine)
 
-    def _search(self, pass_: Pass) -> None:
+    def _search(self, passes: Sequence[Pass], only: frozenset[str] = frozenset()) -> None:
         search = Search(
             self.engine,
             self.budget,
@@ -196,45 +201,23 @@ class _Run:
             self._originals("calibration", FEW),
             self._originals("choosing", FEW),
             self._originals("choosing"),
+            self.method,
         )
-        search.run(pass_)
+        search.run(passes, only)
         self.searches.append(search)
-        if search.held:
-            self._search(pass_)
+        if self.is_named and not search.pool:
+            self._refuse(passes)
+        if search.held and search.accepted:
+            self._search(passes, search.held)
 
-    def _verdict(self) -> tuple[str, str]:
-        """Returns the verdict and, when the budget was missed, the miss in words."""
-        if not self.budget.limits or self.data is None:
-            return "no budget", ""
-        for split in ("choosing", "reporting"):
-            found = measure(self.budget, self.engine.program, self._originals(split), split)
-            miss = worst_case(found, self.budget, 0.0)
-            self.quality += [replace(r, met=not miss) for r in found.values()]
-        self.doubts = doubts(found, self.budget)
-        for doubt in self.doubts:
-            self.listener.message(doubt)
-        if miss:
-            return "missed", f"the quality budget does not hold: {miss}"
-        after = cost_record(self.engine.program, self.sizes)
-        for goal in self.budget.goals:
-            if not goal.reached(self.before, after):
-                now, start = getattr(after, goal.cost), getattr(self.before, goal.cost)
-                share = 100 * (now / start - 1) if start else 0.0
-                text = f"the cost goal {goal} was not reached within {self.budget.limits[0]}"
-                return "missed", f"{text}: {goal.cost} changed by {share:+.1f}%"
-        return "met", ""
+    def _refuse(self, passes: Sequence[Pass]) -> None:
+        """Raises when passes that were asked for by name find nothing they could work on."""
+        names = {pass_.name for pass_ in passes}
+        reasons = [s for s in self.engine.skips if s.pass_name in names and s.target == "graph"]
+        if reasons:
+            raise PassError(reasons[0].reason, place=reasons[0].pass_name, hint=NOT_FOR_IT)
 
-    def _guilty(self) -> str | None:
-        """The accepted action without which, and all accepted after it, the budget holds."""
-        for search in reversed(self.searches):
-            for count in reversed(range(len(search.accepted))):
-                trial = apply(search.base, search.accepted[:count])
-                found = measure(self.budget, trial, self._originals("reporting"), "reporting")
-                if not worst_case(found, self.budget, 0.0):
-                    return search.accepted[count].key
-        return None
-
-    def _record(self, verdict: str, seconds: float) -> RunRecord:
+    def _record(self, verdict: Verdict, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin
         base = self.searches[0].facts if self.searches else None
         start = Facts(self.original, self._calibration(), self.journal)
@@ -249,19 +232,20 @@ class _Run:
             data=self.data.calibration.source if self.data else "",
             data_digest=self._data_digest(),
             budget=str(self.budget),
-            verdict=verdict,
+            verdict=verdict.state,
             before=self.before,
             after=cost_record(engine.program, self.sizes),
             dims={k: dimension_range(*span) for k, span in self.original.signature.dims.items()},
             passes=engine.passes,
             actions=engine.actions,
             skips=engine.skips,
-            quality=self.quality,
+            quality=list(verdict.quality),
             branches=branch_records(self.original, self.sizes, measured, dropped),
             matrices=matrices(measured),
+            curves=[search.curve for search in self.searches if search.accepted],
             latency=[],
             recipe=self._recipe(),
-            notes=[*origin.notes, *self.doubts],
+            notes=[*origin.notes, *verdict.doubts],
             machine=machine(),
             seconds=seconds,
         )
@@ -285,11 +269,23 @@ class _Run:
         )
 
 
-def _show(pass_: Pass, engine: Engine) -> None:
-    settings = engine.settings
-    if {"all", pass_.name} & set(settings.print_after):
-        engine.listener.message(f"--- after {format_pass(pass_)}\n{engine.program.text}")
+def grouped(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
+    """Returns each exact pass alone, and approximate ones that follow one another together."""
+    groups: list[tuple[Pass, ...]] = []
+    for pass_ in passes:
+        lossy = pass_.exactness is Exactness.APPROXIMATE
+        if lossy and groups and groups[-1][0].exactness is Exactness.APPROXIMATE:
+            groups[-1] = (*groups[-1], pass_)
+        else:
+            groups.append((pass_,))
+    return groups
+
+
+def _show(passes: Sequence[Pass], engine: Engine) -> None:
+    settings, names = engine.settings, [pass_.name for pass_ in passes]
+    if {"all", *names} & set(settings.print_after):
+        engine.listener.message(f"--- after {format_passes(passes)}\n{engine.program.text}")
     if settings.dump is not None:
         settings.dump.mkdir(parents=True, exist_ok=True)
-        name = f"{len(engine.passes):03d}_{pass_.name}.txt"
+        name = f"{len(engine.passes):03d}_{names[-1]}.txt"
         (settings.dump / name).write_text(engine.program.text + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from redpass.config import Settings
@@ -14,13 +14,14 @@ from redpass.plan import Action, Pass
 from redpass.program import Program
 from redpass.progress import Listener, Silent
 from redpass.record import Recipe, from_json
+from redpass.state import renumber_state
 
 
 def read_recipe(path: Path) -> Recipe:
     """Reads a `plan.json`. Raises `LoadError` when it is missing or not a recipe."""
     try:
         return from_json(Recipe, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LoadError(
             f"not a recipe: {error}", file=path, hint="give the plan.json of an artifact"
         ) from error
@@ -42,12 +43,19 @@ def replay(
         LoadError: the model is not the one the recipe was made from.
         PassError: an action of the recipe is not planned any more, or fails its check.
     """
+    return renumber_state(_replayed(program, recipe, limit, listener))
+
+
+def _replayed(
+    program: Program, recipe: Recipe, limit: int | None = None, listener: Listener | None = None
+) -> Program:
+    """The result with the names of its state as they were, so that the model's data still fit."""
     _check_same(program, recipe)
     engine = Engine(program, Settings(limit=limit), listener or Silent(), recipe.seed)
     for spec, keys in recipe.passes:
         wanted = keys if limit is None else keys[: max(0, limit - engine.applied)]
         if wanted:
-            _replay_pass(engine, parse_passes(spec)[0], wanted)
+            _replay_step(engine, parse_passes(spec), wanted)
     return engine.program
 
 
@@ -61,11 +69,11 @@ def bisect(program: Program, recipe: Recipe, is_good: Callable[[Program], bool])
         PassError: the model is bad before any action.
     """
     keys = [key for _, actions in recipe.passes for key in actions]
-    if is_good(replay(program, recipe)):
+    if is_good(_replayed(program, recipe)):
         return None
     if not is_good(program):
         raise PassError("the model is bad before any action", hint="bisect needs a good start")
-    count = first_bad(len(keys), lambda n: not is_good(replay(program, recipe, limit=n)))
+    count = first_bad(len(keys), lambda n: not is_good(_replayed(program, recipe, n)))
     return keys[count - 1]
 
 
@@ -85,14 +93,16 @@ def _check_same(program: Program, recipe: Recipe) -> None:
             )
 
 
-def _replay_pass(engine: Engine, pass_: Pass, keys: list[str]) -> None:
-    planned = {action.key: action for action in engine.plan(pass_).actions}
+def _replay_step(engine: Engine, passes: Sequence[Pass], keys: list[str]) -> None:
+    """Applies the actions called `keys`, which the passes plan on the same program."""
+    plans = [engine.plan(pass_).actions for pass_ in passes]
+    planned = {action.key: action for actions in plans for action in actions}
     missing = [key for key in keys if key not in planned]
     if missing:
         raise PassError("an action of the recipe is not planned any more", place=missing[0])
     actions: list[Action] = [planned[key] for key in keys]
-    after, check = engine.trial(pass_, actions)
+    after, check = engine.trial(passes[0], actions)
     if not check.passed:
-        raise PassError(f"the recipe fails its check: {check.reason}", place=pass_.name)
-    engine.adopt(after, pass_, actions, check)
+        raise PassError(f"the recipe fails its check: {check.reason}", place=passes[0].name)
+    engine.adopt(after, passes, actions, check)
     engine.applied += len(actions)

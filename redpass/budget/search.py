@@ -1,32 +1,34 @@
-"""Choosing among candidate actions of an approximate pass, on measured quality.
+"""Choosing among the candidates of approximate passes under a budget, on measured quality.
 
-Each candidate is first measured alone, on a few calibration batches; one that misses the budget
-already there is refused. The others are added to what was accepted, the least harmful first; each
-time the whole model is measured on the choosing data, and the candidate stays only if every limit
-holds with a margin (one-sided 95%). The reporting data are not touched here.
-
-Greedy over measured loss, after SLEB (Song et al. 2024) and BlockPruner (Zhong et al. 2024), but
-with one ranking at the start in place of one a step.
+Candidates of all passes of one search are one pool. Greedy search measures each alone on a few
+calibration batches, and refuses those that miss the budget already there. Then it takes one at a
+time: the one that harms least for what it saves, on top of what was accepted, is measured on the
+choosing data, and stays only if every limit holds with a margin (one-sided 95%). One-shot search
+takes the candidates in the order of the passes' own scores, as many as the limits allow. The
+reporting data are not touched here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from redpass.budget.accounting import cost_record
+from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses
+from redpass.budget.curves import Path
+from redpass.budget.quality import Judge, Quality
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
-from redpass.engine import Check, Engine
+from redpass.budget.trials import Trials
+from redpass.engine import Check, Engine, first_bad
 from redpass.errors import RedpassError
-from redpass.passes.spec import format_pass
-from redpass.plan import Action, Pass, Replace
-from redpass.program import Program
+from redpass.passes.spec import format_passes
+from redpass.plan import Action, Pass, Plan
 from redpass.progress import track
-from redpass.record import CostRecord, QualityRecord, from_json
-from redpass.verify.estimate import Estimate
-from redpass.verify.metrics import evaluate_all, find_metric
+from redpass.record import CostRecord, Curve
 from redpass.verify.originals import Originals
+
+METHODS = ("greedy", "one-shot")
 
 HOPELESS = 3.0
 """A candidate that misses a limit by this many standard errors on a few batches is not measured
@@ -35,13 +37,14 @@ on the rest."""
 
 @dataclass
 class Search:
-    """One search over the candidates of one pass.
+    """One search over the candidates of some passes.
 
     Args:
         before: what the original costs; goals are relative to it.
         screening: the original's outputs on a few calibration batches.
         first: its outputs on a few choosing batches, where hopeless candidates stop.
         choosing: its outputs on all the data that decide.
+        method: one of `METHODS`.
     """
 
     engine: Engine
@@ -50,172 +53,237 @@ class Search:
     screening: Originals
     first: Originals
     choosing: Originals
+    method: str = "greedy"
 
-    def run(self, pass_: Pass) -> list[Action]:
-        """Plans, tries every candidate, adopts what was accepted and returns it.
+    def run(self, passes: Sequence[Pass], only: frozenset[str] = frozenset()) -> list[Action]:
+        """Plans, tries the candidates, adopts what was accepted and returns it.
 
-        Targets in `held` were not tried because they do not compose with an accepted action of
-        the same plan; plan again on the new program to try them.
+        Args:
+            only: keys of the candidates to try; all when empty.
+
+        Returns:
+            The accepted actions. Keys in `held` were not tried because they do not go together with
+            an accepted one; plan again on the new program to try them.
         """
         started = time.perf_counter()
-        plan, self.facts = self.engine.plan(pass_), self.engine.facts
-        nodes = len(self.engine.program.graph.nodes)
-        self.accepted: list[Action] = []
-        self.held: list[str] = []
-        self.base = self.current = self.engine.program
-        ranked = self._screen(pass_, plan.actions)
-        stage = f"trying {len(ranked)} candidates of {pass_.name}"
-        for action in track(ranked, self.engine.listener, stage, len(ranked)):
-            self._consider(pass_, action)
-        check = Check(
-            "checked", f"{len(self.accepted)} of {len(plan.actions)} candidates within budget"
-        )
-        if self.accepted:
-            only = tuple(action.target for action in self.accepted)
-            resolved = type(pass_)(only=only)  # type: ignore[call-arg]
-            self.engine.adopt(self.current, resolved, self.accepted, check)
-            keys = [action.key for action in self.accepted]
-            self.engine.recipe.append((format_pass(resolved), keys))
-        self.engine.note_skips(pass_, plan)
-        self.engine.note_pass(pass_, len(self.accepted), len(plan.skips), check, nodes, started)
+        self.base = self.engine.program
+        plans = [(pass_, self.engine.plan(pass_)) for pass_ in passes]
+        self.facts, nodes = self.engine.facts, len(self.base.graph.nodes)
+        self._prepare(plans, only)
+        pool = [c for c in self.pool if self._is_permitted(c)]
+        if self.method == "greedy":
+            self._greedy(pool)
+        else:
+            self._one_shot(best_guesses(pool))
+        self._adopt()
+        self._note_passes(plans, nodes, started)
         return self.accepted
 
-    def _screen(self, pass_: Pass, actions: Sequence[Action]) -> list[Action]:
-        """Measures each candidate alone; drops the hopeless, sorts the others by measured loss."""
-        limit, ranked = self.budget.limits[0], []
-        stage = f"screening {len(actions)} candidates of {pass_.name}"
-        for action in track(actions, self.engine.listener, stage, len(actions)):
-            found, why = self._measure(pass_, [action], self.screening, "calibration")
-            if not found:
-                self.engine.note(pass_, action, "rolled back", why)
-                continue
-            record = found[limit.metric]
-            loss = record.difference if record.better == "lower" else -record.difference
-            judged = replace(
-                action, loss=loss, evidence={**action.evidence, limit.metric: record.value}
-            )
-            miss = worst_case(found, self.budget, 0.0)
-            if miss:
-                self.engine.note(pass_, judged, "refused", f"alone already: {miss}")
-            else:
-                ranked.append(judged)
-        return sorted(ranked, key=lambda action: action.loss or 0.0)
+    def _prepare(self, plans: Sequence[tuple[Pass, Plan]], only: frozenset[str]) -> None:
+        self.pool = [
+            Candidate(pass_, action)
+            for pass_, plan in plans
+            for action in plan.actions
+            if not only or action.key in only
+        ]
+        screening = Judge(self.budget, self.base, self.screening, "calibration")
+        self.judge = Judge(self.budget, self.base, self.choosing, "choosing", self.first)
+        costs = [goal.cost for goal in self.budget.goals]
+        self.trials = Trials(self.engine, screening, self.before.sizes, costs)
+        first = self.budget.limits[0]
+        self.path = Path(first.metric, "lower" if first.relation == "<=" else "higher")
 
-    def _measure(
-        self, pass_: Pass, actions: Sequence[Action], originals: Originals, split: str
-    ) -> tuple[dict[str, QualityRecord], str]:
-        """Applies `actions` to the base and measures; on a failed check nothing, and why."""
-        self.tried, check = self.engine.trial(pass_, actions)
-        if not check.passed:
-            return {}, check.reason
-        try:
-            return measure(self.budget, self.tried, originals, split), ""
-        except RedpassError as error:
-            return {}, str(error)
+    @property
+    def accepted(self) -> list[Action]:
+        """The accepted actions, in order."""
+        return [candidate.action for candidate in self.trials.accepted]
 
-    def _consider(self, pass_: Pass, action: Action) -> None:
-        outcome, why = self._obstacle(pass_, action)
-        if not outcome:
-            outcome, why = self._try(pass_, action)
+    @property
+    def held(self) -> frozenset[str]:
+        """Keys of the candidates that did not go together with an accepted one."""
+        return frozenset(candidate.action.key for candidate in self.trials.held)
+
+    @property
+    def curve(self) -> Curve:
+        """Quality on the choosing data after each accepted action."""
+        names = ", ".join(dict.fromkeys(candidate.pass_.name for candidate in self.pool))
+        return self.path.curve(f"{self.method}: {names}")
+
+    def _is_permitted(self, candidate: Candidate) -> bool:
+        named = {candidate.action.key, candidate.pass_.name} & set(self.engine.settings.skip)
+        if named:
+            self._note(candidate, "skipped by user", "named in REDPASS_SKIP")
+        return not named
+
+    def _note(self, candidate: Candidate, outcome: str, why: str) -> None:
         if outcome == "applied":
             self.engine.applied += 1
-            self.engine.listener.message(f"accepted {action.key}: {why}")
-        self.engine.note(pass_, action, outcome, why)
+            self.engine.listener.message(f"accepted {candidate.action.key}: {why}")
+        self.engine.note(candidate.pass_, candidate.action, outcome, why)
 
-    def _obstacle(self, pass_: Pass, action: Action) -> tuple[str, str]:
-        """Returns an outcome and why when the action is not even to be tried."""
-        settings = self.engine.settings
-        if {action.key, pass_.name} & set(settings.skip):
-            return "skipped by user", "named in REDPASS_SKIP"
-        rival = self._rival(action)
-        if rival:
-            self.held.append(action.target)
-            return "refused", f"for now: it shares a sum with {rival}, which was accepted before it"
-        if settings.limit is not None and self.engine.applied >= settings.limit:
-            return "beyond limit", f"REDPASS_LIMIT={settings.limit}"
-        if self.accepted and self.budget.goals:
-            now = cost_record(self.current, self.before.sizes)
-            if self.budget.reached(self.before, now):
-                return "refused", "not needed: the cost goal was reached before it"
-        return "", ""
+    def _greedy(self, pool: list[Candidate]) -> None:
+        pool = self._screen(pool)
+        greedy, stage = Greedy(self.trials.attempt), f"choosing among {len(pool)} candidates"
+        self.engine.listener.start(stage, len(pool))
+        while pool and not self._is_over(pool):
+            best = greedy.next(pool, self.trials.step)
+            settled = [c for c in pool if c is best or c in self.trials.out]
+            pool = [c for c in pool if c not in settled]
+            for candidate in settled:
+                self._note(candidate, *(self._settle(candidate)))
+                self.engine.listener.advance(stage)
+        self.engine.listener.finish(stage)
 
-    def _rival(self, action: Action) -> str:
-        """The accepted action that replaces the same value, as parallel branches' do.
+    def _settle(self, candidate: Candidate) -> tuple[str, str]:
+        return self.trials.out.get(candidate) or self._decide(candidate)
 
-        Two such actions planned on one graph do not compose: each leaves the other's operand.
-        """
-        mine = {edit.old for edit in action.edits if isinstance(edit, Replace)}
-        for other in self.accepted:
-            if mine & {edit.old for edit in other.edits if isinstance(edit, Replace)}:
-                return other.target
-        return ""
+    def _is_over(self, pool: Sequence[Candidate]) -> bool:
+        """Whether no more is to be accepted; then what is left gets its reason."""
+        limit = self.engine.settings.limit
+        outcome = None
+        if limit is not None and self.engine.applied >= limit:
+            outcome = ("beyond limit", f"REDPASS_LIMIT={limit}")
+        elif self.trials.accepted and self.budget.reached(self.before, self.trials.cost):
+            outcome = ("refused", "not needed: the cost goal was reached before it")
+        if outcome:
+            for candidate in pool:
+                self._note(candidate, *outcome)
+        return outcome is not None
 
-    def _try(self, pass_: Pass, action: Action) -> tuple[str, str]:
-        trial = [*self.accepted, action]
-        first, why = self._measure(pass_, trial, self.first, "choosing")
-        hopeless = worst_case(first, self.budget, -HOPELESS) if first else why
-        if hopeless:
-            return ("refused" if first else "rolled back"), f"on the first batches: {hopeless}"
-        quality, why = self._measure(pass_, trial, self.choosing, "choosing")
-        if not quality:
-            return "rolled back", why
+    def _screen(self, pool: Sequence[Candidate]) -> list[Candidate]:
+        """Measures candidates alone; returns those that are not hopeless already."""
+        ranked = best_guesses(pool)
+        left = []
+        stage = f"screening {min(MOST, len(pool))} of {len(pool)} candidates"
+        for candidate in track(ranked[:MOST], self.engine.listener, stage, len(ranked[:MOST])):
+            if not self.trials.attempt(candidate):
+                self._note(candidate, *self.trials.out[candidate])
+                continue
+            self._describe(candidate)
+            miss = worst_case(candidate.quality, self.budget, 0.0)
+            if miss:
+                self._note(candidate, "refused", f"alone already: {miss}")
+            else:
+                left.append(candidate)
+        return left + ranked[MOST:]
+
+    def _describe(self, candidate: Candidate) -> None:
+        """Puts what the candidate measured alone into its action, for reports."""
+        metric = self.trials.metric
+        evidence = {**candidate.action.evidence, metric: candidate.quality[metric].value}
+        candidate.action = replace(candidate.action, loss=candidate.loss, evidence=evidence)
+
+    def _decide(self, candidate: Candidate) -> tuple[str, str]:
+        """Measures a candidate on the choosing data; accepts it if the limits hold."""
+        assert candidate.program is not None
+        try:
+            first = self.judge.measure(candidate.program, quick=True)
+            hopeless = worst_case(first, self.budget, -HOPELESS)
+            if hopeless:
+                return "refused", f"on the first batches: {hopeless}"
+            quality = self.judge.measure(candidate.program)
+        except RedpassError as error:
+            return "rolled back", str(error)
         miss = worst_case(quality, self.budget, CONFIDENCE)
         if miss:
             return "refused", miss
-        self.accepted.append(action)
-        self.current = self.tried
-        figures = ", ".join(f"{r.metric} {r.value:.5g} ± {r.stderr:.2g}" for r in quality.values())
-        return "applied", f"{figures} on choosing data"
+        self._accept(candidate, quality)
+        return "applied", _figures(quality)
+
+    def _accept(self, candidate: Candidate, quality: Quality) -> None:
+        self.trials.accept(candidate)
+        self.judge.move(self.trials.current)
+        record = quality[self.trials.metric]
+        self.path.add(self.before, self.trials.cost, record, candidate.action.key)
+
+    def _one_shot(self, ranked: Sequence[Candidate]) -> None:
+        """Accepts as many of the first candidates as the limits allow and the goals need."""
+        rest = list(ranked)
+        while rest and not self._is_enough():
+            self._stack(rest.pop(0))
+        stacked, found = list(self.trials.accepted), dict[int, Quality]()
+
+        def is_bad(count: int) -> bool:
+            program = stacked[count - 1].program
+            assert program is not None
+            found[count] = self.judge.measure(program)
+            return bool(worst_case(found[count], self.budget, CONFIDENCE))
+
+        count = len(stacked)
+        if count and is_bad(count):
+            count = first_bad(count, is_bad) - 1
+            if count and count not in found:
+                is_bad(count)
+        self._keep(stacked, rest, count, found)
+
+    def _is_enough(self) -> bool:
+        limit = self.engine.settings.limit
+        stop = limit is not None and self.engine.applied + self.trials.step >= limit
+        return stop or self.budget.reached(self.before, self.trials.cost)
+
+    def _stack(self, candidate: Candidate) -> None:
+        """Puts a candidate on top of the others, measuring nothing."""
+        candidate.program = self.trials.make(candidate)
+        candidate.step, candidate.loss = self.trials.step, candidate.action.loss or 0.0
+        if candidate.program is None:
+            self._note(candidate, *self.trials.out[candidate])
+        else:
+            self.trials.accept(candidate)
+
+    def _keep(
+        self,
+        stacked: Sequence[Candidate],
+        rest: Sequence[Candidate],
+        count: int,
+        found: dict[int, Quality],
+    ) -> None:
+        self.trials.accepted = list(stacked[:count])
+        self.trials.current = stacked[count - 1].program or self.base if count else self.base
+        for number, candidate in enumerate(stacked, 1):
+            if number > count:
+                miss = worst_case(
+                    found[min(n for n in found if n > count)], self.budget, CONFIDENCE
+                )
+                self._note(candidate, "refused", f"{len(stacked[:number])} at once: {miss}")
+                continue
+            self._note(candidate, "applied", f"{count} at once: {_figures(found[count])}")
+        if count:
+            record = found[count][self.trials.metric]
+            cost = cost_record(self.trials.current, self.before.sizes)
+            self.path.add(self.before, cost, record, stacked[count - 1].action.key)
+        limit = self.engine.settings.limit
+        reason = ("refused", "not needed: the cost goal was reached before it")
+        if limit is not None and self.engine.applied >= limit:
+            reason = ("beyond limit", f"REDPASS_LIMIT={limit}")
+        for candidate in rest:
+            self._note(candidate, *reason)
+
+    def _adopt(self) -> None:
+        """Makes the result the engine's program, as one step that can be replayed."""
+        count, total = len(self.accepted), len(self.pool)
+        self.check = Check("checked", f"{count} of {total} candidates within budget")
+        if not count:
+            return
+        resolved = self._resolved()
+        self.engine.adopt(self.trials.current, resolved, self.accepted, self.check)
+        keys = [action.key for action in self.accepted]
+        self.engine.recipe.append((format_passes(resolved), keys))
+
+    def _resolved(self) -> list[Pass]:
+        """The passes with what was accepted by name: they plan the same again without data."""
+        targets: dict[Pass, list[str]] = {}
+        for candidate in self.trials.accepted:
+            targets.setdefault(candidate.pass_, []).append(candidate.action.target)
+        return [type(pass_)(only=tuple(only)) for pass_, only in targets.items()]  # type: ignore[call-arg]
+
+    def _note_passes(self, plans: Sequence[tuple[Pass, Plan]], nodes: int, started: float) -> None:
+        for pass_, plan in plans:
+            applied = sum(candidate.pass_ is pass_ for candidate in self.trials.accepted)
+            self.engine.note_skips(pass_, plan)
+            self.engine.note_pass(pass_, applied, len(plan.skips), self.check, nodes, started)
+            started = time.perf_counter()
 
 
-def measure(
-    budget: Budget, program: Program, originals: Originals, split: str
-) -> dict[str, QualityRecord]:
-    """Measures every limit's metric on the data of `originals`, or recalls what was measured.
-
-    Returns:
-        Metric name -> record.
-    """
-    name = f"quality, {split}, {len(originals.batches)} batches, program {program.digest[:16]}"
-    found = originals.journal.recall(
-        name,
-        lambda: {k: asdict(v) for k, v in _measure(budget, program, originals, split).items()},
-    )
-    return {metric: from_json(QualityRecord, record) for metric, record in found.items()}
-
-
-def _measure(
-    budget: Budget, program: Program, originals: Originals, split: str
-) -> dict[str, QualityRecord]:
-    metrics = {limit.metric: find_metric(limit.metric) for limit in budget.limits}
-    found = evaluate_all(
-        list(metrics.values()),
-        program,
-        originals.program,
-        originals.batches,
-        originals=originals,
-    )
-    return {
-        limit.metric: _quality(
-            found[metrics[limit.metric].name],
-            metrics[limit.metric].better,
-            str(limit),
-            limit.metric,
-            split,
-        )
-        for limit in budget.limits
-    }
-
-
-def _quality(estimate: Estimate, better: str, limit: str, name: str, split: str) -> QualityRecord:
-    return QualityRecord(
-        metric=name,
-        split=split,
-        better=better,
-        original=estimate.original,
-        value=estimate.value,
-        difference=estimate.difference,
-        stderr=estimate.difference_stderr,
-        count=estimate.count,
-        limit=limit,
-    )
+def _figures(quality: Quality) -> str:
+    figures = (f"{r.metric} {r.value:.5g} ± {r.stderr:.2g}" for r in quality.values())
+    return f"{', '.join(figures)} on choosing data"

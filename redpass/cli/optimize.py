@@ -64,6 +64,14 @@ def optimize(
             "in the order of the passes' own scores.",
         ),
     ] = "greedy",
+    search: Annotated[
+        str,
+        Option(
+            metavar="greedy|one-shot",
+            help="How candidates are chosen: each step measured, or in the order of the passes' "
+            "own scores.",
+        ),
+    ] = "greedy",
     resume: Annotated[
         bool, Option("--resume", help="Go on where a run that was stopped or killed had come to.")
     ] = False,
@@ -74,6 +82,7 @@ def optimize(
     if data is not None:
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
+    job.search = search
     job.search = search
     screen = Screen(run)
     if dry:
@@ -114,6 +123,7 @@ class Job:
         self.journal: Path | None = None
         self.resume = False
         self.search = "greedy"
+        self.search = "greedy"
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
         """Loads the model and the data, and optimises.
@@ -148,6 +158,7 @@ class Job:
             command=command_line(),
             journal=self.journal,
             resume=self.resume,
+            search=self.search,
             search=self.search,
         )
 

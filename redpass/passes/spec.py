@@ -6,6 +6,7 @@ A pass prints to its own spec, so a pipeline is a string that can be pasted into
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -38,6 +39,11 @@ def format_pass(pass_: Pass) -> str:
         if getattr(pass_, option.name) != _default(option)
     ]
     return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name
+
+
+def format_passes(passes: Sequence[Pass]) -> str:
+    """Returns the spec of several passes."""
+    return ",".join(map(format_pass, passes))
 
 
 def _parse(item: ast.expr) -> Pass:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import BUDGET, Files, Run
 
-from redpass.budget import search
+from redpass.budget import quality
 from redpass.cli.signals import Stopped
 
 TIMES = ("seconds", "latency", "passes", "command")
@@ -24,21 +24,21 @@ class Meter:
         self.done: list[str] = []
         self.last: int | None = None
 
-    def __call__(self, budget, program, originals, split):
+    def __call__(self, budget, program, originals, split, outputs):
         if len(self.done) == self.last:
             raise Stopped(signal.SIGTERM)
-        found = REAL(budget, program, originals, split)
+        found = REAL(budget, program, originals, split, outputs)
         self.done.append(f"{split} {len(originals.batches)} {program.digest}")
         return found
 
 
-REAL = search._measure
+REAL = quality._measure
 
 
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meter]:
     found = Meter()
-    monkeypatch.setattr(search, "_measure", found)
+    monkeypatch.setattr(quality, "_measure", found)
     return found
 
 

@@ -1,0 +1,118 @@
+"""Measuring what a budget limits, on one part of the data, quickly for many programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from torch import Tensor
+
+from redpass.budget.prefix import Prefix
+from redpass.budget.spec import Budget
+from redpass.program import Program
+from redpass.record import QualityRecord, from_json
+from redpass.verify.estimate import Estimate
+from redpass.verify.metrics import evaluate_all, find_metric
+from redpass.verify.originals import Originals
+
+Outputs = Callable[[int], Tensor]
+Quality = dict[str, QualityRecord]
+"""Metric name -> record."""
+
+
+def measure(
+    budget: Budget,
+    program: Program,
+    originals: Originals,
+    split: str,
+    outputs: Outputs | None = None,
+) -> Quality:
+    """Measures every limit's metric on the data of `originals`, or recalls what was measured.
+
+    Args:
+        outputs: gives the program's output on a batch; None runs the program.
+    """
+    name = f"quality, {split}, {len(originals.batches)} batches, program {program.digest[:16]}"
+
+    def compute() -> dict[str, object]:
+        found = _measure(budget, program, originals, split, outputs)
+        return {metric: asdict(record) for metric, record in found.items()}
+
+    kept = originals.journal.recall(name, compute)
+    return {metric: from_json(QualityRecord, record) for metric, record in kept.items()}
+
+
+def _measure(
+    budget: Budget, program: Program, originals: Originals, split: str, outputs: Outputs | None
+) -> Quality:
+    metrics = {limit.metric: find_metric(limit.metric) for limit in budget.limits}
+    found = evaluate_all(
+        list(metrics.values()),
+        program,
+        originals.program,
+        originals.batches,
+        originals=originals,
+        outputs=outputs,
+    )
+    return {
+        limit.metric: _record(
+            found[metrics[limit.metric].name], metrics[limit.metric].better, str(limit), split
+        )
+        for limit in budget.limits
+    }
+
+
+def _record(estimate: Estimate, better: str, limit: str, split: str) -> QualityRecord:
+    return QualityRecord(
+        metric=limit.partition("<=")[0].partition(">=")[0],
+        split=split,
+        better=better,
+        original=estimate.original,
+        value=estimate.value,
+        difference=estimate.difference,
+        stderr=estimate.difference_stderr,
+        count=estimate.count,
+        limit=limit,
+    )
+
+
+def worse_by(record: QualityRecord) -> float:
+    """Returns how much worse than the original the program is, negative when it is better."""
+    return record.difference if record.better == "lower" else -record.difference
+
+
+class Judge:
+    """Quality of programs that differ little from one another, on one part of the data.
+
+    What they share is run once: see `Prefix`.
+
+    Args:
+        base: the program the others are made from.
+        few: the original's outputs on the first batches alone, for a quick look.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        base: Program,
+        originals: Originals,
+        split: str,
+        few: Originals | None = None,
+    ) -> None:
+        self.budget, self.originals, self.split = budget, originals, split
+        self.few = few or originals
+        self.prefix = Prefix(base, originals.batches, originals.port)
+
+    def measure(self, program: Program, *, quick: bool = False) -> Quality:
+        """Measures `program` on all batches, or on the few."""
+        return measure(
+            self.budget,
+            program,
+            self.few if quick else self.originals,
+            self.split,
+            lambda number: self.prefix.output(program, number),
+        )
+
+    def move(self, base: Program) -> None:
+        """Makes `base` what later programs are compared with."""
+        self.prefix.move(base)
