@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from redpass.codegen.ops.dispatch import has_triton
-from redpass.codegen.ops.op import Arguments, Config, Op
+from redpass.codegen.ops.op import Arguments, Config, Op, compiling_for
 from redpass.codegen.ops.recorded import Launch, recorded, recording
 from redpass.errors import ExportError, UsageError, nearest
 
@@ -93,7 +93,8 @@ def build(
     if not has_triton():
         hint = "pip install triton"
         raise ExportError("triton is not installed", place=op.name, hint=hint)
-    launches = recorded(op, config or op.configs(*arguments)[0], *arguments)
+    with compiling_for(TARGETS[target]):
+        launches = recorded(op, config or op.configs(*arguments)[0], *arguments)
     return tuple(compile_launch(launch, target, cache) for launch in launches)
 
 
@@ -112,6 +113,7 @@ def build_file(
         ExportError: as `build` does.
     """
     module = _imported(path)
+    module.CAPABILITY = TARGETS[target]
     found = {}
     for label, arguments in samples.items():
         with recording() as launches:

@@ -6,13 +6,28 @@ Everything works without Triton and without a GPU; the references run then.
 
 from __future__ import annotations
 
-from redpass.codegen.ops import add_norm, dispatch, gated_feed_forward, low_rank_linear, rotary
+from redpass.codegen.ops import (
+    add_norm,
+    clustered_attention,
+    dispatch,
+    gated_feed_forward,
+    latent_attention,
+    low_rank_linear,
+    rotary,
+)
 from redpass.codegen.ops.dispatch import KernelWarning, use_configs_of
 from redpass.codegen.ops.op import Config, Op, register_ops
 
-OPS: dict[str, Op] = {
-    op.name: op for op in (add_norm.OP, rotary.OP, gated_feed_forward.OP, low_rank_linear.OP)
-}
+_ALL = (
+    add_norm,
+    rotary,
+    gated_feed_forward,
+    low_rank_linear,
+    clustered_attention,
+    latent_attention,
+)
+
+OPS: dict[str, Op] = {folder.OP.name: folder.OP for folder in _ALL}
 """All ops by name."""
 
 

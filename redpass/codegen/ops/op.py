@@ -7,7 +7,10 @@ tuning, emitting and lowering read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +47,6 @@ class Config:
         return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
 
 
-def _always(*arguments: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Op:
     """One `redpass::` op.
@@ -81,7 +80,37 @@ class Op:
     probe: Callable[..., Arguments]
     configs: Callable[..., tuple[Config, ...]]
     samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
-    pays: Callable[..., bool] = _always
+    pays: Callable[..., bool] = lambda *arguments: True  # noqa: ARG005
+
+
+_TARGET: ContextVar[int] = ContextVar("target", default=80)
+
+
+@contextlib.contextmanager
+def compiling_for(capability: int) -> Iterator[None]:
+    """Within it, tensors that are on no GPU count as those of one of this capability (90: 9.0)."""
+    token = _TARGET.set(capability)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def capability_of(tensor: Tensor) -> int:
+    """Returns the compute capability that kernels for a tensor are compiled for; 90 is 9.0.
+
+    The same blocks do not suit all: wgmma reads its operands from shared memory, where the tensor
+    cores before compute capability 9.0 need registers for them.
+    """
+    if tensor.device.type != "cuda":
+        return _TARGET.get()
+    return _capability(tensor.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def tensors(arguments: Iterable[Any]) -> list[Tensor]:
@@ -93,6 +122,19 @@ def random_like(tensor: Tensor, *shape: int, scale: float = 1.0) -> Tensor:
     """Returns normal numbers of a tensor's dtype and device, the same at each call."""
     generator = torch.Generator().manual_seed(sum(shape) + len(shape))
     return (scale * torch.randn(shape, generator=generator)).to(tensor.device, tensor.dtype)
+
+
+PROGRAMS = 256
+"""About two for each multiprocessor of a large GPU: enough reads on their way at once."""
+
+SHORTEST_PART = 256
+"""Keys that are worth a program of their own."""
+
+
+def splits_of(programs: int, keys: int) -> int:
+    """How many parts the keys of `programs` programs are cut into, a power of two."""
+    most = min(-(-PROGRAMS // max(1, programs)), -(-keys // SHORTEST_PART), 64)
+    return 1 << max(0, most - 1).bit_length()
 
 
 _LIBRARY: list[torch.library.Library] = []

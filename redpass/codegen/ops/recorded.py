@@ -15,7 +15,7 @@ from redpass.codegen.ops.op import Config, Op
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
-    torch.int64: "i64", torch.bool: "i1", torch.int8: "i8",
+    torch.int64: "i64", torch.bool: "i1", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 """torch dtype -> Triton's name of it."""
 

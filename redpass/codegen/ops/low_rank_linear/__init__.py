@@ -16,11 +16,9 @@ from torch import Tensor
 
 from redpass.codegen.ops.activation import ACTIVATIONS
 from redpass.codegen.ops.low_rank_linear.reference import low_rank_linear
-from redpass.codegen.ops.op import Arguments, Config, Op, random_like
+from redpass.codegen.ops.op import PROGRAMS, Arguments, Config, Op, random_like
 
 MOST_ROWS = 16
-PROGRAMS = 256
-"""About two for each multiprocessor of a large GPU: enough reads on their way."""
 
 
 def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -61,7 +59,7 @@ def _probe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
 
 def _configs(x: Tensor, down: Tensor, up: Tensor, *others: Any) -> tuple[Config, ...]:
     if x.dtype == torch.float32:
-        sizes = ((16, 32, 32, 32, 4, 2),)
+        sizes: tuple[tuple[int, ...], ...] = ((16, 32, 32, 32, 4, 2),)
     else:
         sizes = ((16, 128, 32, 64, 4, 3), (32, 64, 32, 64, 4, 3), (32, 128, 64, 64, 4, 3),
                  (16, 64, 16, 128, 4, 3))  # fmt: skip

@@ -1,0 +1,1 @@
+"""Softmax in pieces, as attention kernels need it: `kernel.py`."""
