@@ -18,6 +18,11 @@ def clean(text: object, limit: int = MAX_TEXT) -> str:
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
+def clean_line(text: str) -> str:
+    """Returns one line of a hint, cleaned."""
+    return clean(text, 2000)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns a hint that names the known word nearest to `word`, and all of them when few."""
     names = sorted(known)
@@ -51,7 +56,7 @@ class RedpassError(Exception):
         self.found = clean(found, 2000)
         self.file = None if file is None else clean(file)
         self.place = None if place is None else clean(place)
-        self.hint = hint
+        self.hint = None if hint is None else "\n".join(map(clean_line, hint.split("\n")))
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust
 CHOICE_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 """Keys that choose an implementation, which may be one from the network."""
 
-PUBLIC_KEYS = frozenset({"_class_name", "__float__"})
-"""Keys that begin like private ones and are part of the format."""
+FLOATS = ("Infinity", "-Infinity", "NaN")
+"""What transformers writes as `{"__float__": "Infinity"}`, because JSON has no word for it."""
+
+COUNTS = re.compile(r"layer|block|depth|stage|expert|head|codebook|group")
+FREE = 4096
+"""A key that may count parts of a model; a count up to this builds in moments anyway."""
 
 MAX_CONFIG = 16 << 20
 MAX_PARTS = 500_000
@@ -34,7 +40,7 @@ def check(folder: Path) -> None:
     config, _ = read_config(folder / "config.json")
     check_kind(config, folder)
     _check_mentioned(config, folder)
-    safetensors.check_folder(folder)
+    check_counts(config, safetensors.check_folder(folder), folder)
 
 
 def check_kind(config: dict[str, Any], folder: Path) -> None:
@@ -49,6 +55,37 @@ def check_kind(config: dict[str, Any], folder: Path) -> None:
     if "quantization_config" in config:
         hint = "give the model in float32, float16 or bfloat16"
         raise LoadError("quantised weights are not supported", file=file, hint=hint)
+
+
+def check_counts(config: dict[str, Any], tensors: int, folder: Path) -> None:
+    """Refuses a configuration that asks for far more parts than the weights have tensors.
+
+    A model is built before its weights are compared, and a billion layers are never built.
+    """
+    for key, value in _numbers(config):
+        if COUNTS.search(key) and value > max(FREE, tensors) and not is_size(key):
+            raise LoadError(
+                f"{value} parts for {tensors} tensors",
+                file=folder / "config.json",
+                place=key,
+                hint="the weights and config.json must belong together",
+            )
+
+
+def is_size(key: str) -> bool:
+    """Whether a key gives the size of something, or how far something goes, not how many parts."""
+    return bool(re.search(r"size|dim|length|position|embed|token|vocab|ctx|channel|feature", key))
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part, name)
+    elif type(value) is int:
+        yield name, value
 
 
 def _check_mentioned(config: dict[str, Any], folder: Path) -> None:
@@ -121,6 +158,8 @@ def _clean(value: Any, removed: list[str]) -> Any:
         return [_clean(part, removed) for part in value]
     if not isinstance(value, dict):
         return value
+    if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
+        return float(value["__float__"])
     kept = {}
     for key, part in value.items():
         if key in CODE_KEYS:

@@ -21,8 +21,11 @@ LFS = b"version https://git-lfs"
 FETCH = "fetch the file again"
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> int:
     """Checks the weights of a Hugging Face folder, one file or shards with an index.
+
+    Returns:
+        How many tensors there are.
 
     Raises:
         LoadError: no weights, only pickled weights, a missing shard, or a damaged file.
@@ -30,11 +33,9 @@ def check_folder(folder: Path) -> None:
     for stem in ("model", "diffusion_pytorch_model"):
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if single.exists() or single.is_symlink():
-            check_file(single)
-            return
+            return len(check_file(single))
         if index.is_file():
-            _check_shards(folder, index)
-            return
+            return _check_shards(folder, index)
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise LoadError(
         f"only pickled weights ({', '.join(pickled)})" if pickled else "no model.safetensors",
@@ -45,7 +46,7 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def _check_shards(folder: Path, index: Path) -> None:
+def _check_shards(folder: Path, index: Path) -> int:
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in table.items()}
@@ -68,6 +69,7 @@ def _check_shards(folder: Path, index: Path) -> None:
             place=lost[0],
             hint="fetch all files of the model again",
         )
+    return len(wanted)
 
 
 def check_file(path: Path) -> dict[str, Any]:

@@ -15,9 +15,6 @@ from redpass.checks import folder as checks
 from redpass.checks import safetensors
 from redpass.errors import LoadError
 
-FLOATS = ("Infinity", "-Infinity", "NaN")
-"""What transformers writes as `{"__float__": "Infinity"}`, because JSON has no word for it."""
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -43,7 +40,7 @@ def open_folder(folder: Path, *, fake: bool = False) -> Opened:
     config, notes = checks.read_config(folder / "config.json")
     checks.check_kind(config, folder)
     if not fake:
-        safetensors.check_folder(folder)
+        checks.check_counts(config, safetensors.check_folder(folder), folder)
     if "_class_name" in config:
         return Opened(_diffusers(folder, config, fake=fake), config, notes)
     return Opened(_transformers(folder, config, fake=fake), config, notes)
@@ -73,7 +70,7 @@ def _model_class(raw: Mapping[str, Any], config: Any, file: Path) -> Any:
     """Returns the transformers class `architectures` names, or the base model of the type."""
     import transformers
 
-    for name in raw.get("architectures") or ():
+    for name in _listed(raw.get("architectures")):
         found = getattr(transformers, str(name), None)
         if (
             isinstance(found, type)
@@ -85,6 +82,10 @@ def _model_class(raw: Mapping[str, Any], config: Any, file: Path) -> Any:
     if type(config) in transformers.MODEL_MAPPING:
         return transformers.MODEL_MAPPING[type(config)]
     raise LoadError(f"no model class for '{raw['model_type']}'", file=file, place="architectures")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _build(kind: Any, config: Any, folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:

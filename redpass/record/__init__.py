@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
 
 from redpass.record.drawn import BranchRecord, Curve, CurvePoint, LayerRecord, Matrix
+from redpass.record.reading import from_json
 
 __all__ = [
     "OUTCOMES", "ActionRecord", "BranchRecord", "CostRecord", "Curve", "CurvePoint",
     "LatencyRecord", "LayerRecord", "Matrix", "PassRecord", "QualityRecord", "Recipe",
     "RunRecord", "SkipRecord", "from_json",
 ]  # fmt: skip
-
-T = TypeVar("T")
 
 OUTCOMES = ("applied", "rolled back", "refused", "beyond limit", "skipped by user", "planned")
 """What became of an action. `refused`: over budget; `rolled back`: failed its check."""
@@ -199,27 +195,3 @@ class RunRecord:
     def to_json(self) -> str:
         """Returns the record as JSON text, indented, with stable key order."""
         return json.dumps(asdict(self), indent=1, allow_nan=True)
-
-
-def from_json(kind: type[T], data: Any) -> T:
-    """Builds a record of class `kind` from parsed JSON.
-
-    Raises:
-        TypeError, KeyError: the data has not the fields of the class.
-    """
-    hints = get_type_hints(kind)
-    names = [f.name for f in fields(kind) if f.name in data]  # type: ignore[arg-type]
-    return kind(**{name: _value(hints[name], data[name]) for name in names})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if hint is float and value is None:  # JSON has no NaN
-        return math.nan
-    if is_dataclass(hint) and isinstance(value, Mapping):
-        return from_json(hint, value)  # type: ignore[arg-type]
-    if get_origin(hint) is list:
-        return [_value(get_args(hint)[0], item) for item in value]
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        return tuple(_value(k, item) for k, item in zip(kinds, value, strict=True))
-    return value
