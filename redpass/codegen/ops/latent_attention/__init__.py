@@ -92,7 +92,7 @@ def _configs(q: Tensor, key_latent: Tensor, *others: Any) -> tuple[Config, ...]:
     splits = splits_of(q.shape[0] * key_latent.shape[2], key_latent.shape[1])
     if q.dtype == torch.float32:
         return (Config.of(warps=4, stages=1, BLOCK_N=16, BLOCK_R=16, SPLITS=splits),)
-    sizes = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3))
+    sizes = ((64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 3))
     return tuple(
         Config.of(warps=warps, stages=stages, BLOCK_N=n, BLOCK_R=r, SPLITS=splits)
         for n, r, warps, stages in sizes

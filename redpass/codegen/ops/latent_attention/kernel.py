@@ -37,7 +37,11 @@ def _rotated_keys(latents, ups, up_row, up_column, cos, sin, in_keys,
         up_two = tl.load(columns + two[None, :] * up_row, mask=inside, other=0.0)
         first = tl.dot(tile, up_one, first, input_precision=PRECISION)
         second = tl.dot(tile, up_two, second, input_precision=PRECISION)
-    return first * cos - second * sin, second * cos + first * sin
+    # Read once for each head, from the cache: held in registers they would make the loop spill.
+    inside = in_keys & (pair < PAIRS)[None, :]
+    cosines = tl.load(cos[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    sines = tl.load(sin[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    return first * cosines - second * sines, second * cosines + first * sines
 
 
 @triton.jit
@@ -127,18 +131,12 @@ def latent_kernel(
         key = start + tl.arange(0, BLOCK_N)
         at = key.to(tl.int64)
         in_keys = (key < keys)[:, None]
-        cosines = tl.load(
-            cos_at + at[:, None] * cos_row + pair[None, :], mask=in_keys & in_pairs, other=0.0
-        ).to(tl.float32)
-        sines = tl.load(
-            sin_at + at[:, None] * sin_row + pair[None, :], mask=in_keys & in_pairs, other=0.0
-        ).to(tl.float32)
         scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for index in range(KEY_HEADS):
             first, second = _rotated_keys(
                 latent_at + at * key_row, key_up + (group * KEY_HEADS + index) * up_head,
-                up_row, up_column, cosines, sines, in_keys, RANK, PAIRS, INTERLEAVED, PRECISION,
-                BLOCK_N, BLOCK_R, BLOCK_P,
+                up_row, up_column, cos_at + at * cos_row, sin_at + at * sin_row, in_keys, RANK,
+                PAIRS, INTERLEAVED, PRECISION, BLOCK_N, BLOCK_R, BLOCK_P,
             )  # fmt: skip
             # Rows of other heads are zero here, so all heads add up in one tile.
             ours = reads == index
