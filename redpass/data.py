@@ -108,15 +108,19 @@ def split(batches: Batches) -> Splits:
 
 
 def row_digests(batch: Batch) -> list[str]:
-    """Returns one digest a row (index of the first dimension) over all of the row's inputs."""
-    names = sorted(name for name in batch if batch[name].dim() > 0)
+    """Returns one digest a row (index of the first dimension) over all of the row's inputs.
+
+    Labels are left out: a row is the same row whatever it is said to be.
+    """
+    names = sorted(name for name in batch if batch[name].dim() > 0 and name != LABELS)
     rows = batch[names[0]].shape[0] if names else 0
     digests = []
     for row in range(rows):
         total = hashlib.sha256()
         for name in names:
             if batch[name].shape[0] == rows:
-                total.update(batch[name][row].contiguous().view(torch.uint8).numpy().tobytes())
+                value = batch[name][row].contiguous().reshape(-1)
+                total.update(value.view(torch.uint8).numpy().tobytes())
         digests.append(total.hexdigest())
     return digests
 

@@ -97,7 +97,8 @@ def optimize(
         try:
             with screen.listening() as listener:
                 found = job.run_pipeline(listener)
-                record = job.write(found, folder, formats, listener, bench=bench)
+                usual = result.format is None
+                record = job.write(found, folder, formats, listener, bench=bench, usual=usual)
         except BudgetError as error:
             _show_miss(screen, error)
             raise
@@ -182,15 +183,24 @@ class Job:
         listener: Listener,
         *,
         bench: bool,
+        usual: bool = True,
     ) -> RunRecord:
-        """Writes the result and its report; returns the record with files and latency in it."""
+        """Writes the result and its report; returns the record with files and latency in it.
+
+        Args:
+            usual: whether to add a Hugging Face folder where one can hold the result.
+        """
         from redpass import export
         from redpass.report import write_report
 
         listener.start("writing")
-        export.write(found.program, folder, formats)
+        reports = export.write(found.program, folder, formats)
+        notes = [f"{name}: {note}" for name, made in reports.items() for note in made.notes]
+        if usual:
+            notes += export.write_where_possible(found.program, folder)
         listener.finish("writing")
-        record = _with_file_bytes(found.record, self.model, folder, formats)
+        record = replace(found.record, notes=[*found.record.notes, *notes])
+        record = _with_file_bytes(record, self.model, folder, formats)
         if bench:
             listener.start("measuring latency")
             record = replace(record, latency=self._latency(found))
@@ -229,7 +239,8 @@ def _with_file_bytes(
 ) -> RunRecord:
     """Fills in the bytes on disk: of the source's weights, and of the largest form written."""
     weights = model.glob("*.safetensors") if model.is_dir() else [model]
-    sizes = [sum(_size(path) for path in folder.glob(f"model.{name}*")) for name in formats]
+    forms = ["hf/*.safetensors" if name == "hf" else f"model.{name}*" for name in formats]
+    sizes = [sum(map(_size, folder.glob(form))) for form in forms]
     return replace(
         record,
         before=replace(record.before, file_bytes=sum(map(_size, weights))),

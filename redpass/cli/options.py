@@ -123,8 +123,14 @@ class ResultOptions:
         PathOption(metavar="DIR", help="Where the result goes.", rich_help_panel=RESULT),
     ] = None
     format: Annotated[
-        str, Option(metavar="NAMES", help="Forms to write.", rich_help_panel=RESULT)
-    ] = "pt2,onnx"
+        str | None,
+        Option(
+            metavar="NAMES",
+            help="Forms to write: pt2, onnx, hf. Default: pt2,onnx, and optimize adds hf where a "
+            "Hugging Face folder can hold the result.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None
     force: Annotated[
         bool, Option("--force", help="Replace an older result.", rich_help_panel=RESULT)
     ] = False

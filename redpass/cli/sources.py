@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from redpass.data import Batches
     from redpass.program import Program
 
-FORMATS = ("pt2", "onnx")
+FORMATS = ("pt2", "onnx", "hf")
+USUAL_FORMATS = ("pt2", "onnx")
 
 
 def check_model(path: Path, options: ModelOptions | None = None) -> Path:
@@ -50,8 +51,10 @@ def check_data(path: Path) -> Path:
     return path
 
 
-def check_formats(text: str) -> tuple[str, ...]:
-    """Returns the formats named. Raises `UsageError` for one that is not known."""
+def check_formats(text: str | None) -> tuple[str, ...]:
+    """Returns the formats named, or the usual ones. Raises `UsageError` for an unknown one."""
+    if text is None:
+        return USUAL_FORMATS
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in FORMATS:

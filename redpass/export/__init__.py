@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from redpass.errors import UsageError, nearest
+from redpass.errors import ExportError, UsageError, nearest
 from redpass.export.check import Report
 from redpass.export.huggingface import to_huggingface
 from redpass.export.onnx import to_onnx
@@ -32,4 +32,26 @@ def write(
     return {name: FORMATS[name](program, Path(folder) / NAMES[name]) for name in formats}
 
 
-__all__ = ["FORMATS", "NAMES", "Report", "to_huggingface", "to_onnx", "to_pt2", "write"]
+def write_where_possible(program: Program, folder: str | Path) -> list[str]:
+    """Writes `hf/` beside the other forms where a Hugging Face folder can hold the result.
+
+    Returns:
+        Notes for the report: why it was left out, or what is other in it. Nothing for a model that
+        came from elsewhere.
+    """
+    if program.origin.kind != "huggingface":
+        return []
+    if program.lineage is None:
+        return ["hf/ was left out: exact rewrites change no weights there; --format hf writes it"]
+    try:
+        report = to_huggingface(program, Path(folder) / NAMES["hf"])
+    except ExportError as error:
+        place = f"{error.place}: " if error.place else ""
+        return [f"hf/ was left out: {place}{error.found}"]
+    return [f"hf/: {note}" for note in report.notes]
+
+
+__all__ = [
+    "FORMATS", "NAMES", "Report",
+    "to_huggingface", "to_onnx", "to_pt2", "write", "write_where_possible",
+]  # fmt: skip

@@ -26,9 +26,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def write_stub(program: Program, folder: Path, formats: tuple[str, ...]) -> None:
+def write_stub(
+    program: Program, folder: Path, formats: tuple[str, ...]
+) -> dict[str, export.Report]:
     for name in formats:
         (folder / f"model.{name}").write_text(program.text)
+    return {}
 
 
 @pytest.fixture
