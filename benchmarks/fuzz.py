@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "safety"))
 import formats
 import fuzzing
 
+STEP = 500
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -38,11 +40,16 @@ def one(name: str, options: argparse.Namespace, folder: Path) -> bool:
     if options.case is not None:
         form.read(fuzzing.make(form, options.seed, options.case, folder))
         return False
-    started = time.monotonic()
-    found = fuzzing.fuzz(form, range(options.count), folder, options.seed)
-    print(f"{name}: {dict(found.counts)} in {time.monotonic() - started:.0f} s", flush=True)
-    for number, how in found.bad[:40]:
-        print(f"  case {number}: {how}", flush=True)
+    started, found = time.monotonic(), fuzzing.Outcome()
+    for start in range(0, options.count, STEP):
+        numbers = range(start, min(start + STEP, options.count))
+        part = fuzzing.fuzz(form, numbers, folder, options.seed)
+        found.counts += part.counts
+        for number, how in part.bad:
+            print(f"  case {number}: {how}", flush=True)
+        found.bad += part.bad
+        seconds = time.monotonic() - started
+        print(f"{name}: {numbers.stop} cases, {dict(found.counts)} in {seconds:.0f} s", flush=True)
     return bool(found.bad)
 
 
