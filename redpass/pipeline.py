@@ -14,6 +14,7 @@ from pathlib import Path
 import redpass
 from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
+from redpass.budget.repair import is_repair, repair
 from redpass.budget.search import METHODS, Search
 from redpass.budget.spec import Budget, parse_budget
 from redpass.budget.verdict import Verdict, check_possible, guilty, judge
@@ -185,7 +186,9 @@ class _Run:
 
     def _run(self, passes: Sequence[Pass]) -> None:
         """Runs one exact pass to its fixpoint, or searches over approximate ones together."""
-        if passes[0].exactness is Exactness.APPROXIMATE:
+        if is_repair(passes[0]):
+            repair(self.engine, self.budget, passes[0], self._originals("choosing"))
+        elif passes[0].exactness is Exactness.APPROXIMATE:
             self._search(passes)
         else:
             for _ in range(MOST_ROUNDS):
@@ -270,15 +273,18 @@ class _Run:
 
 
 def grouped(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
-    """Returns each exact pass alone, and approximate ones that follow one another together."""
+    """Returns exact passes and repairs alone, approximate ones in a row as one search."""
     groups: list[tuple[Pass, ...]] = []
     for pass_ in passes:
-        lossy = pass_.exactness is Exactness.APPROXIMATE
-        if lossy and groups and groups[-1][0].exactness is Exactness.APPROXIMATE:
+        if groups and all(_is_searched(each) for each in (pass_, groups[-1][0])):
             groups[-1] = (*groups[-1], pass_)
         else:
             groups.append((pass_,))
     return groups
+
+
+def _is_searched(pass_: Pass) -> bool:
+    return pass_.exactness is Exactness.APPROXIMATE and not is_repair(pass_)
 
 
 def _show(passes: Sequence[Pass], engine: Engine) -> None:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from redpass.budget.repair import is_repair
 from redpass.config import Settings
+from redpass.data import Batches
 from redpass.engine import Engine, first_bad
-from redpass.errors import LoadError, PassError
+from redpass.errors import DataError, LoadError, PassError
 from redpass.passes.spec import parse_passes
 from redpass.plan import Action, Pass
 from redpass.program import Program
@@ -33,25 +35,36 @@ def replay(
     *,
     limit: int | None = None,
     listener: Listener | None = None,
+    data: Batches | None = None,
 ) -> Program:
     """Applies a recipe to the model it was made from. Every step is checked as in the first run.
 
     Args:
         limit: apply only the first `limit` actions.
+        data: the calibration data of the run; a recipe with a repair needs them, as its weights
+            are computed anew.
 
     Raises:
         LoadError: the model is not the one the recipe was made from.
+        DataError: the recipe needs data, and they are missing or not those of the run.
         PassError: an action of the recipe is not planned any more, or fails its check.
     """
-    return renumber_state(_replayed(program, recipe, limit, listener))
+    return renumber_state(_replayed(program, recipe, limit, listener, data))
 
 
 def _replayed(
-    program: Program, recipe: Recipe, limit: int | None = None, listener: Listener | None = None
+    program: Program,
+    recipe: Recipe,
+    limit: int | None = None,
+    listener: Listener | None = None,
+    data: Batches | None = None,
 ) -> Program:
     """The result with the names of its state as they were, so that the model's data still fit."""
     _check_same(program, recipe)
-    engine = Engine(program, Settings(limit=limit), listener or Silent(), recipe.seed)
+    engine = Engine(program, Settings(limit=limit), listener or Silent(), recipe.seed, data)
+    if data is not None and recipe.data_digest != data.digest():
+        text = "these are not the calibration data that the recipe was made with"
+        raise DataError(text, file=data.source, hint="give the same file with the same options")
     for spec, keys in recipe.passes:
         wanted = keys if limit is None else keys[: max(0, limit - engine.applied)]
         if wanted:
@@ -59,21 +72,32 @@ def _replayed(
     return engine.program
 
 
-def bisect(program: Program, recipe: Recipe, is_good: Callable[[Program], bool]) -> str | None:
+def needs_data(recipe: Recipe) -> bool:
+    """Whether replaying takes the calibration data of the run: a repair computes weights anew."""
+    return any(is_repair(pass_) for spec, _ in recipe.passes for pass_ in parse_passes(spec))
+
+
+def bisect(
+    program: Program,
+    recipe: Recipe,
+    is_good: Callable[[Program], bool],
+    data: Batches | None = None,
+) -> str | None:
     """Returns the key of the first action after which the result is bad, None if it never is.
 
     Args:
         is_good: judges a program; asked about log2 of the number of actions.
+        data: as for `replay`.
 
     Raises:
         PassError: the model is bad before any action.
     """
     keys = [key for _, actions in recipe.passes for key in actions]
-    if is_good(_replayed(program, recipe)):
+    if is_good(_replayed(program, recipe, data=data)):
         return None
     if not is_good(program):
         raise PassError("the model is bad before any action", hint="bisect needs a good start")
-    count = first_bad(len(keys), lambda n: not is_good(_replayed(program, recipe, n)))
+    count = first_bad(len(keys), lambda n: not is_good(_replayed(program, recipe, n, data=data)))
     return keys[count - 1]
 
 

@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from redpass.budget.prefix import Prefix
 from redpass.budget.spec import Budget
 from redpass.program import Program
 from redpass.record import QualityRecord, from_json
 from redpass.verify.estimate import Estimate
 from redpass.verify.metrics import evaluate_all, find_metric
 from redpass.verify.originals import Originals
+from redpass.verify.prefix import Prefix
 
 Outputs = Callable[[int], Tensor]
 Quality = dict[str, QualityRecord]

@@ -18,6 +18,7 @@ from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
 from redpass.passes.merge_linears import MergeLinears
+from redpass.passes.refit_projections import RefitProjections
 from redpass.passes.share_repeated_heads import ShareRepeatedHeads
 from redpass.passes.shorten_chains import ShortenChains
 from redpass.passes.tie_equal_weights import TieEqualWeights
@@ -39,8 +40,8 @@ CLEANUP: tuple[type[Pass], ...] = (
 REDUCE: tuple[type[Pass], ...] = (DropBranches,)
 """Approximate: each runs only under a budget, or when asked for by name."""
 
-ON_REQUEST: tuple[type[Pass], ...] = (DropLayers, DropSpan)
-"""Approximate: they run when asked for by name; `drop_branches` drops what these would, or less."""
+ON_REQUEST: tuple[type[Pass], ...] = (DropLayers, DropSpan, RefitProjections)
+"""Approximate: they run when asked for by name."""
 
 FUSE: tuple[type[Pass], ...] = (
     FoldBatchNorms,

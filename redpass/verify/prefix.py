@@ -30,7 +30,7 @@ class Prefix:
     Args:
         base: the program that the changed ones are made from.
         batches: the data.
-        port: name of the output.
+        port: name of the output; "" when only `values` are asked for.
         limit: bytes of values to keep.
 
     Attributes:
@@ -38,11 +38,12 @@ class Prefix:
         bytes: how many bytes of values are kept.
     """
 
-    def __init__(self, base: Program, batches: Batches, port: str, limit: int = LIMIT) -> None:
+    def __init__(self, base: Program, batches: Batches, port: str = "", limit: int = LIMIT) -> None:
         self.batches, self.port, self.limit = batches, port, limit
         self.executed = self.bytes = 0
         self._kept: list[dict[str, Any]] = [{} for _ in batches]
-        self._tails: weakref.WeakKeyDictionary[Program, Part] = weakref.WeakKeyDictionary()
+        self._tails: weakref.WeakKeyDictionary[Program, dict[tuple[str, ...], Part]]
+        self._tails = weakref.WeakKeyDictionary()
         self._use(base)
 
     def _use(self, base: Program) -> None:
@@ -61,19 +62,23 @@ class Prefix:
 
     def output(self, program: Program, number: int) -> Tensor:
         """Returns the output of `program` on batch `number`."""
-        tail = self._tail(program)
-        given = {**self._given(number, tail.needs), **self._fresh_inputs(program, number, tail)}
-        self.executed += tail.calls
-        wanted = tail.wanted[0]
-        value: Tensor = tail.run(given)[wanted]
+        name = program.output_value(self.port).name
+        value: Tensor = self.values(program, (name,), number)[name]
         return value
 
-    def _tail(self, program: Program) -> Part:
+    def values(self, program: Program, names: tuple[str, ...], number: int) -> dict[str, Any]:
+        """Returns the values of some nodes of `program` on batch `number`."""
+        tail = self._tail(program, names)
+        given = {**self._given(number, tail.needs), **self._fresh_inputs(program, number, tail)}
+        self.executed += tail.calls
+        return tail.run(given)
+
+    def _tail(self, program: Program, names: tuple[str, ...]) -> Part:
         """What is left to run of `program`, after all that it shares with the base."""
-        if program not in self._tails:
-            wanted = program.output_value(self.port).name
-            self._tails[program] = Part(program, [wanted], unchanged(self.base, program))
-        return self._tails[program]
+        tails = self._tails.setdefault(program, {})
+        if names not in tails:
+            tails[names] = Part(program, names, unchanged(self.base, program))
+        return tails[names]
 
     def _given(self, number: int, needs: Collection[str]) -> dict[str, Any]:
         """The base's values called `needs`: kept ones, and what was missing, now kept."""

@@ -1,0 +1,259 @@
+"""`refits`: projections fitted anew to what the loaded model's stream was, by ridge regression.
+
+Behind the first dropped branch the stream differs from the loaded model's. Each projection `W`
+that writes to it is fitted anew, one after the other in the order of the graph: with `h` what the
+projection reads in the rewritten model, `s` the stream it gives and `t` the loaded model's stream
+where the next branch reads it,
+
+    argmin over D of || h D - (t - s) ||^2 + strength * || D ||^2,    W + D in place of W
+
+(a column of ones in `h` gives the bias' part). The sums are Gram matrices, so memory does not grow
+with the data. The strength is the one that is best on calibration batches that were not fitted on;
+a projection that gains nothing there stays as it is.
+
+Source: least-squares reconstruction after pruning, as in Sparse GPT (Frantar and Alistarh 2023,
+arXiv:2301.00774) and FLAP (An et al. 2024, arXiv:2312.11983), here of the stream and in sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redpass import rewrite
+from redpass.analysis.flow import Flow
+from redpass.analysis.linears import Linear, linears, new_name
+from redpass.analysis.structure import Branch, structure
+from redpass.analysis.tokens import Tokens
+from redpass.data import Batches
+from redpass.errors import DataError
+from redpass.facts import Facts
+from redpass.plan import Action, Edit, SetArgument, SetWeight, WeightRef
+from redpass.program import Program
+from redpass.verify.inputs import complete
+from redpass.verify.prefix import Prefix
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridge strengths tried, in shares of the mean squared feature."""
+
+HELD_BACK = 4
+"""Every fourth calibration batch chooses the strength and is not fitted on."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """One projection fitted anew.
+
+    Attributes:
+        branch: label of its branch.
+        linear: the projection in the rewritten program.
+        edits: what puts the new weights in its place.
+        strength: the ridge strength chosen.
+        before: share of the stream that was off on the batches held back, squared.
+        after: the same with the new weights.
+    """
+
+    branch: str
+    linear: Linear
+    edits: tuple[Edit, ...]
+    strength: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Refits:
+    """What was fitted, in order; and places left alone with the reason, by branch label."""
+
+    found: tuple[Refit, ...] = ()
+    skips: Mapping[str, str] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    branch: Branch
+    linear: Linear
+    stream: str
+    target: str
+
+
+def refits(program: Program, facts: Facts) -> Refits:
+    """Fits every projection behind the first dropped branch, in order.
+
+    Raises:
+        DataError: no calibration data, a single batch, or values that are NaN or infinite.
+    """
+    if program.lineage is None:
+        return Refits(reason="no branch was dropped, so there is nothing to repair")
+    original, data = program.lineage.source, facts.data()
+    if len(data) < 2:
+        raise DataError(
+            "a repair needs two calibration batches, one to fit on and one to hold back",
+            file=data.source,
+            hint="give more rows, or a smaller --batch-size",
+        )
+    skips: dict[str, str] = {}
+    places = list(_places(program, original, facts, skips))
+    fit, found = _Fit(program, original, data), list[Refit]()
+    for place in places:
+        refit = fit.at(place)
+        if refit is None:
+            skips[place.branch.label] = "a fit gains nothing on the batches held back"
+        else:
+            found.append(refit)
+    return Refits(tuple(found), skips)
+
+
+def _places(
+    program: Program, original: Program, facts: Facts, skips: dict[str, str]
+) -> Iterator[_Place]:
+    """The projections that write to the stream behind, or next before, what was dropped."""
+    branches = facts.get(structure).branches
+    old = structure(original).branches
+    kept = {branch.exit for branch in branches}
+    dropped = [place for place, branch in enumerate(old) if branch.exit not in kept]
+    by_exit = {branch.exit: place for place, branch in enumerate(old)}
+    known = facts.get(linears)
+    for branch in branches:
+        if not dropped or by_exit.get(branch.exit, -1) < dropped[0] - 1:
+            continue
+        place = by_exit[branch.exit]
+        linear = _projection(program, branch, known.by_node)
+        reason = _why_not(branch, linear, known.shared(linear.names) if linear else None)
+        target = _target(old, place, {*dropped})
+        if reason or linear is None or target not in original.nodes:
+            skips[branch.label] = reason or "the loaded model has no such value of the stream"
+            continue
+        stream = branch.join if branch.form == "post-norm" else branch.after
+        yield _Place(branch, linear, stream, target)
+
+
+def _why_not(branch: Branch, linear: Linear | None, shared: str | None) -> str:
+    if branch.form not in ("pre-norm", "plain", "post-norm"):
+        return f"the projection of a {branch.form} branch is not what is added to the stream"
+    if linear is None:
+        return "no single linear layer writes to the stream"
+    return f"its weight '{shared}' is shared with another layer" if shared else ""
+
+
+def _target(old: tuple[Branch, ...], place: int, dropped: set[int]) -> str:
+    """The loaded model's stream behind this branch and those that followed it and are gone.
+
+    In a post-norm model the sum before the norm: a norm follows each branch, dropped or not.
+    """
+    if old[place].form == "post-norm":
+        return old[place].join
+    while place + 1 in dropped and old[place + 1].entry == old[place].after:
+        place += 1
+    return old[place].after
+
+
+def _projection(program: Program, branch: Branch, known: Mapping[str, Linear]) -> Linear | None:
+    """The linear whose result is added to the stream, up to reshapes and dropout."""
+    node = Flow(program).peel(program.nodes[branch.exit])
+    return known.get(node.name)
+
+
+class _Fit:
+    def __init__(self, program: Program, original: Program, data: Batches) -> None:
+        self.program, self.data = program, data
+        self.now, self.was = Prefix(program, data), Prefix(original, data)
+        self.original = original
+        self.rows = (Tokens(program), Tokens(original))
+
+    def at(self, place: _Place) -> Refit | None:
+        """Fits one projection; the next ones see the model with it."""
+        width = place.linear.ins + (place.linear.bias is not None)
+        sums = [_Sums(width, place.linear.outs) for _ in range(2)]
+        for number in range(len(self.data)):
+            features, gap, size = self._measure(place, number)
+            sums[number % HELD_BACK == HELD_BACK - 1 or number == 1].add(features, gap, size)
+        change, strength = _best(*sums, has_bias=place.linear.bias is not None)
+        before, after = sums[1].error(None), sums[1].error(change)
+        if not after < before:
+            return None
+        edits = _edits(self.program, place.linear, change)
+        self.program = rewrite.apply(self.program, [Action("refit", "here", edits, "")])
+        self.now.move(self.program)
+        return Refit(place.branch.label, place.linear, edits, strength, before, after)
+
+    def _measure(self, place: _Place, number: int) -> tuple[Tensor, Tensor, float]:
+        inputs = complete(self.program, self.data[number])
+        now = self.now.values(self.program, (place.linear.input, place.stream), number)
+        was = self.was.values(self.original, (place.target,), number)
+        mine, other = self.rows
+        features = mine.rows(place.linear.input, now[place.linear.input], inputs).double()
+        stream = mine.rows(place.stream, now[place.stream], inputs).double()
+        target = other.rows(
+            place.target, was[place.target], complete(self.original, self.data[number])
+        ).double()
+        if not bool(torch.isfinite(features).all() and torch.isfinite(stream).all()):
+            raise DataError(
+                "its values on the calibration data are NaN or infinite", place=place.branch.label
+            )
+        if place.linear.bias is not None:
+            features = torch.nn.functional.pad(features, (0, 1), value=1.0)
+        return features, target - stream, float(target.square().sum())
+
+
+class _Sums:
+    """`HᵀH`, `HᵀR` and `|R|²` over tokens, float64; `size` is the squared norm of the target."""
+
+    def __init__(self, width: int, outs: int) -> None:
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
+        self.cross = torch.zeros(width, outs, dtype=torch.float64)
+        self.square = self.size = 0.0
+
+    def add(self, features: Tensor, gap: Tensor, size: float) -> None:
+        self.gram += features.T @ features
+        self.cross += features.T @ gap
+        self.square += float(gap.square().sum())
+        self.size += size
+
+    def error(self, change: Tensor | None) -> float:
+        """Squared share of the target that is off with `change`, `[features, outs]`."""
+        if change is None:
+            return self.square / max(self.size, 1e-30)
+        fitted = float((change * (self.gram @ change - 2 * self.cross)).sum())
+        return (self.square + fitted) / max(self.size, 1e-30)
+
+
+def _best(fit: _Sums, held: _Sums, *, has_bias: bool) -> tuple[Tensor, float]:
+    """The change that is best on the batches held back, and its strength."""
+    mean = float(fit.gram.diagonal().mean())
+    ridge = torch.ones(len(fit.gram), dtype=torch.float64)
+    if has_bias:
+        ridge[-1] = 1e-6  # the bias is as good as free
+    found = []
+    for strength in STRENGTHS:
+        matrix = fit.gram + torch.diag(ridge * max(strength * mean, 1e-12))
+        change = torch.linalg.solve(matrix, fit.cross)
+        found.append((held.error(change), strength, change))
+    _, strength, change = min(found, key=lambda item: item[0])
+    return change, strength
+
+
+def _edits(program: Program, linear: Linear, change: Tensor) -> tuple[Edit, ...]:
+    """New weights for the linear; a linear without a bias keeps having none."""
+    matrix = linear.matrix(program)
+    new = (matrix.double() + change[: linear.ins].T).to(matrix.dtype)
+    name = new_name(program, linear.weight, "refit")
+    edits: list[Edit] = [linear.store(name, new, f"{linear.weight}, fitted to the loaded stream")]
+    edits += _reads(program, linear, linear.weight, name)
+    offset = linear.offset(program)
+    if linear.bias is not None and offset is not None:
+        bias = new_name(program, linear.bias, "refit")
+        value = (offset.double() + change[-1]).to(offset.dtype)
+        edits += [SetWeight(bias, value, f"{linear.bias}, fitted to the loaded stream")]
+        edits += _reads(program, linear, linear.bias, bias)
+    return tuple(edits)
+
+
+def _reads(program: Program, linear: Linear, old: str, new: str) -> list[Edit]:
+    node = program.nodes[linear.node]
+    reads = [a.name for a in node.all_input_nodes if a.op == "get_attr" and str(a.target) == old]
+    return [SetArgument(linear.node, name, WeightRef(new)) for name in reads]
