@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
 
 from redpass import config
 from redpass.codegen import ops as kernels_of
@@ -17,7 +21,7 @@ from redpass.codegen.tune import chooser
 from redpass.config import CHOICES
 from redpass.engine import Engine
 from redpass.errors import UsageError, nearest
-from redpass.program import Program
+from redpass.program import Program, copy_graph
 from redpass.progress import Listener, Silent
 from redpass.record import ActionRecord, PassRecord, SkipRecord
 
@@ -62,3 +66,22 @@ def lower(
     engine = Engine(program, replace(settings, limit=None), listener or Silent(), seed)
     engine.run_exact(LowerHotPaths(chosen, records))
     return Lowered(engine.program, engine.passes, engine.actions, engine.skips)
+
+
+def on_device(program: Program, device: str | torch.device) -> Program:
+    """Returns `program` with its weights on `device`, to be run on inputs that are there too.
+
+    Devices that the graph names, where it makes tensors, become that one. Lower and check first:
+    checks run where the weights were loaded.
+    """
+    target = torch.device(device)
+
+    def moved(item: Any) -> Any:
+        return target if isinstance(item, torch.device) else item
+
+    graph, _ = copy_graph(program.graph)
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    weights = {name: tensor.to(target) for name, tensor in program.weights.items()}
+    return replace(program, graph=graph, weights=weights)

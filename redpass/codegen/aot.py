@@ -90,9 +90,7 @@ def build(
     Raises:
         ExportError: Triton is missing, interprets, or refuses a kernel.
     """
-    if not has_triton():
-        hint = "pip install triton"
-        raise ExportError("triton is not installed", place=op.name, hint=hint)
+    _check_compiler(op.name)
     with compiling_for(TARGETS[target]):
         launches = recorded(op, config or op.configs(*arguments)[0], *arguments)
     return tuple(compile_launch(launch, target, cache) for launch in launches)
@@ -122,9 +120,19 @@ def build_file(
     return found
 
 
-def _imported(path: Path) -> Any:
+def _check_compiler(place: str) -> None:
+    """Raises where Triton is missing, or makes kernels for its interpreter."""
     if not has_triton():
-        raise ExportError("triton is not installed", place=path.stem, hint="pip install triton")
+        raise ExportError("triton is not installed", place=place, hint="pip install triton")
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        hint = "unset TRITON_INTERPRET"
+        raise ExportError("interpreted kernels cannot be compiled", place=place, hint=hint)
+
+
+def _imported(path: Path) -> Any:
+    _check_compiler(path.stem)
     spec = importlib.util.spec_from_file_location(f"redpass_emitted_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

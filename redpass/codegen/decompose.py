@@ -5,11 +5,11 @@ The reference of an op is its definition, so what is put in its place computes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from redpass import ops, rewrite
@@ -29,7 +29,25 @@ def decompose(program: Program) -> Program:
         return program
     kernels_of.register()
     found = [_action(program, node) for node in program.graph.nodes if _is_op(node)]
-    return rewrite.apply(program, found)
+    after = rewrite.apply(program, found)
+    return replace(after, weights=_whole(after.weights))
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies parts of tensors that are not among the weights themselves: files store wholes."""
+    whole = {_storage(tensor) for tensor in weights.values() if _is_whole(tensor)}
+    return {
+        name: tensor if _is_whole(tensor) or _storage(tensor) in whole else tensor.clone()
+        for name, tensor in weights.items()
+    }
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def has_ops(program: Program) -> bool:

@@ -21,7 +21,7 @@ from redpass.codegen import ops as kernels_of
 from redpass.codegen.bundle import Bundle, bundle
 from redpass.codegen.expression import UnprintableError
 from redpass.codegen.lower import DECODE, PREFILL, find_sites, why_not
-from redpass.codegen.ops.op import Op
+from redpass.codegen.ops.op import Op, compiling_for
 from redpass.codegen.patterns import Site
 from redpass.codegen.render import Operand, Source, render, render_test
 from redpass.codegen.tail import Tail, find_tail, insert_epilogue
@@ -29,6 +29,9 @@ from redpass.codegen.tuning import Records, Shape
 from redpass.facts import Facts
 from redpass.plan import Ref, Skip, WeightRef
 from redpass.program import Program
+
+CAPABILITIES = (80, 90)
+"""Compute capabilities, 90 for 9.0, from which on a table of options holds."""
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 """Lengths at which an op is asked for its config, to see where it changes."""
@@ -191,8 +194,18 @@ class _Reader:
                 continue
         return None, parts
 
-    def _options(self, op: Op) -> Iterator[tuple[int | None, str]]:
-        """Up to which size of the first operand each config runs; equal neighbours are merged."""
+    def _options(self, op: Op) -> Iterator[tuple[int, tuple[tuple[int | None, str], ...]]]:
+        """Per compute capability: up to which size of the first operand each config runs."""
+        seen = None
+        for capability in CAPABILITIES:
+            with compiling_for(capability):
+                table = tuple(self._steps(op))
+            if table != seen:
+                yield capability, table
+            seen = table
+
+    def _steps(self, op: Op) -> Iterator[tuple[int | None, str]]:
+        """Sizes where the config changes; equal neighbours are one step."""
         found: list[tuple[int, str]] = []
         for length in LENGTHS:
             sizes = {"batch": 1, "seq": length, "past": LENGTHS[-1]}

@@ -37,8 +37,8 @@ class Source:
         operands: the tensors it takes, those of the tail last.
         constants: (name, value as text), burned in.
         results: how many tensors the op returns.
-        options: (most elements of the first operand, launch options as text), in order; the last
-            limit is None.
+        options: per compute capability from which on it holds: (most elements of the first
+            operand, launch options as text), in order; the last limit is None.
         reference: name of the reference function.
         bundle: the source of reference and kernel, the tail printed in.
         tail: the pointwise ops after it, as lines of PyTorch that end in an assignment to `last`.
@@ -51,7 +51,7 @@ class Source:
     operands: tuple[Operand, ...]
     constants: tuple[tuple[str, str], ...]
     results: int
-    options: tuple[tuple[int | None, str], ...]
+    options: tuple[tuple[int, tuple[tuple[int | None, str], ...]], ...]
     reference: str
     bundle: Bundle
     tail: tuple[str, ...]
@@ -61,6 +61,11 @@ class Source:
     def parameters(self) -> str:
         """The parameters of `run` and `reference`."""
         return ", ".join(operand.name for operand in self.operands)
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether there are sizes at which the reference runs."""
+        return any(text == "None" for _, table in self.options for _, text in table)
 
 
 def render(source: Source, places: Sequence[str], origin: str) -> str:
@@ -100,12 +105,21 @@ def _constants(source: Source) -> str:
         sizes = ", ".join(size if size.isdigit() else repr(size) for size in operand.shape)
         comma = "," if len(operand.shape) == 1 else ""
         lines.append(f'    "{operand.name}": (({sizes}{comma}), {operand.dtype}),')
-    lines += ["}", "# Most elements of the first operand, and how the kernel is cut up to there."]
-    if any(text == "None" for _, text in source.options):
+    lines += [
+        "}",
+        "# From which compute capability on; most elements of the first operand; blocks.",
+    ]
+    if source.has_limits:
         lines.append("# None: what PyTorch has is as fast or faster, and runs.")
-    lines.append("OPTIONS = (")
-    lines += [f"    ({limit}, {text})," for limit, text in source.options]
-    return "\n".join([*lines, ")"])
+    lines.append("OPTIONS = {")
+    for capability, table in source.options:
+        steps = [f"        ({limit}, {text})," for limit, text in table]
+        lines += [f"    {capability}: (", *steps, "    ),"]
+    lines += [
+        "}",
+        "# Compute capability to choose for, 90 for 9.0; None asks the GPU that is there.",
+    ]
+    return "\n".join([*lines, "CAPABILITY = None"])
 
 
 def _call(source: Source) -> str:
@@ -137,7 +151,7 @@ def _run(source: Source) -> str:
         f"    check({', '.join(f'{name}={name}' for name in checked)})",
         f"    options = options_for({source.operands[0].name})",
     ]
-    if any(text == "None" for _, text in source.options):
+    if source.has_limits:
         lines += ["    if options is None:", f"        return reference({source.parameters})"]
     if extras:
         pairs = ", ".join(f'"{name}": {name}.contiguous()' for name in extras)
@@ -146,8 +160,13 @@ def _run(source: Source) -> str:
 
 
 _CHECK = '''def options_for(first):
-    """Returns the launch options for a first operand of this size."""
-    return next(options for most, options in OPTIONS if most is None or first.numel() <= most)
+    """Returns the launch options for a first operand of this size on this GPU, or None."""
+    found = CAPABILITY
+    if found is None:
+        major, minor = torch.cuda.get_device_capability(first.device) if first.is_cuda else (8, 0)
+        found = 10 * major + minor
+    table = OPTIONS[max(from_ for from_ in OPTIONS if from_ <= max(found, min(OPTIONS)))]
+    return next(options for most, options in table if most is None or first.numel() <= most)
 
 
 def check(**given):

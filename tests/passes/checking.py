@@ -109,9 +109,9 @@ def _plain_symbols(text: str) -> str:
     return re.sub(r"\bs\d+\b", lambda m: order.setdefault(m[0], f"s{len(order)}"), text)
 
 
-def check_golden(name: str, text: str, update: bool) -> None:
+def check_golden(name: str, text: str, update: bool, folder: Path = GOLDEN) -> None:
     """Compares `text` with the golden file `name`, or writes it. A missing file fails."""
-    path = GOLDEN / f"{name}.txt"
+    path = folder / f"{name}.txt"
     if update:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from redpass.codegen.patterns import add_norm, gated_feed_forward, low_rank_linear, rotary
+from redpass.codegen.patterns import (
+    add_norm,
+    clustered_attention,
+    gated_feed_forward,
+    low_rank_linear,
+    rotary,
+)
 from redpass.codegen.patterns.site import Finder, Site
 
 PATTERNS: tuple[Finder, ...] = (
+    clustered_attention.find,
     gated_feed_forward.find,
     low_rank_linear.find,
     rotary.find,
