@@ -34,6 +34,7 @@ from redpass.state import renumber_state
 from redpass.summary import (
     branch_records,
     dimension_range,
+    layer_records,
     machine,
     matrices,
     measured_similarity,
@@ -226,6 +227,7 @@ class _Run:
         start = Facts(self.original, self._calibration(), self.journal)
         measured = measured_similarity(base or start)
         dropped = {a.target for search in self.searches for a in search.accepted}
+        branches = branch_records(self.original, self.sizes, measured, dropped)
         return RunRecord(
             version=redpass.__version__,
             command=self.command,
@@ -243,7 +245,8 @@ class _Run:
             actions=engine.actions,
             skips=engine.skips,
             quality=list(verdict.quality),
-            branches=branch_records(self.original, self.sizes, measured, dropped),
+            branches=branches,
+            layers=layer_records(self.original, branches, measured),
             matrices=matrices(measured),
             curves=[search.curve for search in self.searches if search.accepted],
             latency=[],

@@ -185,7 +185,7 @@ def _spans(measured: AngularDistance) -> Matrix | None:
         "Angular distance over spans of layers",
         [str(n + 1) for n in range(count)],
         values,
-        0.0,
+        _least(values),
         max((v for row in values for v in row if v is not None), default=1.0),
         columns=list(measured.layers),
         alike="low",

@@ -220,8 +220,11 @@ class _Run:
         if len(count) > 1:
             places = ", ".join(self.labels.get(name, name) for name in observer.values)
             raise DataError("these values do not have the same tokens", place=places)
-        for start in range(0, total := count.pop(), STRETCH):
-            part = {n: seen[n][start : start + STRETCH].double() for n in observer.values}
+        # Each stretch takes tokens from all over the batch: neighbours in a row are alike, and a
+        # kernel alignment among neighbours would miss what differs between rows.
+        step = -(-(total := count.pop()) // STRETCH)
+        for start in range(step):
+            part = {name: seen[name][start::step].double() for name in observer.values}
             self.totals[observer] += observer.measure(part)
         self.tokens[observer] += total
 

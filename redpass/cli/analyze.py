@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -12,8 +12,11 @@ from redpass.cli import sources
 from redpass.cli.optimize import command_line
 from redpass.cli.options import DataFile, DataOptions, Model, ModelOptions, PathOption, RunOptions
 from redpass.cli.screen import Screen
-from redpass.errors import DataError
+from redpass.errors import DataError, clean
 from redpass.record import RunRecord
+
+if TYPE_CHECKING:
+    from redpass.facts import Facts
 
 
 def analyze(
@@ -41,7 +44,10 @@ def analyze(
     record = _measure(screen, model, source, rows, data)
     screen.emit(asdict(record))
     screen.show(*(terminal.matrix(item, color=screen.has_color) for item in record.matrices))
+    if record.layers:
+        screen.show(terminal.layers(record.layers))
     screen.show(terminal.branches(record.branches))
+    screen.show(*(f"note: {clean(note, 400)}" for note in record.notes))
     if report is not None:
         _write(record, report, force=force)
         screen.wrote([report])
@@ -52,6 +58,7 @@ def _measure(
 ) -> RunRecord:
     from redpass import pipeline
     from redpass.data import split
+    from redpass.facts import Facts
 
     with screen.listening() as listener:
         sources.prepare(screen.run)
@@ -59,10 +66,25 @@ def _measure(
             model, source, data=data, tokenizer=rows.tokenizer, listener=listener
         )
         batches = sources.read(data, program, rows)
+        splits = split(batches)
         # A run without passes is the measurement alone.
-        return pipeline.optimize(
-            program, (), data=split(batches), listener=listener, command=command_line()
+        record = pipeline.optimize(
+            program, (), data=splits, listener=listener, command=command_line()
         ).record
+        return _with_macro(record, Facts(program, splits.calibration))
+
+
+def _with_macro(record: RunRecord, facts: Facts) -> RunRecord:
+    """Adds what is measured here only, as it costs a run for every second layer."""
+    from redpass.analysis import macro_influence
+
+    found = facts.get(macro_influence)
+    layers = [
+        replace(layer, macro_influence=found.layers.get(layer.label)) for layer in record.layers
+    ]
+    skips = [f"{label}: {why}" for label, why in found.skips.items()]
+    reasons = [found.reason] if found.reason else []
+    return replace(record, layers=layers, notes=[*record.notes, *reasons, *skips])
 
 
 def _write(record: RunRecord, target: Path, *, force: bool) -> None:
