@@ -16,6 +16,7 @@ _HOMES = {
     "load": "redpass.frontend",
     "read_batches": "redpass.frontend",
     "optimize": "redpass.pipeline",
+    "lower": "redpass.lowering",
     "structure": "redpass.analysis",
     "export": "redpass.export",
 }

@@ -21,9 +21,10 @@ from redpass.codegen.tune import chooser
 from redpass.config import CHOICES
 from redpass.engine import Engine
 from redpass.errors import UsageError, nearest
+from redpass.facts import Facts
 from redpass.program import Program, copy_graph
 from redpass.progress import Listener, Silent
-from redpass.record import ActionRecord, PassRecord, SkipRecord
+from redpass.record import ActionRecord, PassRecord, RunRecord, SkipRecord
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,43 @@ def lower(
     Raises:
         UsageError: `kernels` is none of the three.
     """
-    settings = config.from_environment()
-    chosen = settings.kernels if kernels is None else kernels
-    if chosen not in CHOICES["kernels"]:
-        hint = nearest(chosen, CHOICES["kernels"])
-        raise UsageError(f"'{chosen}' are no kernels", place="kernels", hint=hint)
+    settings, chosen = config.from_environment(), check_kernels(kernels)
     records = tuning.read(tuning.cache_folder(cache), tuning.this_device())
     kernels_of.use_configs_of(chooser(records) if records.timings else None)
     # A limit or a skip list is about the passes of the run before.
     engine = Engine(program, replace(settings, limit=None), listener or Silent(), seed)
     engine.run_exact(LowerHotPaths(chosen, records))
     return Lowered(engine.program, engine.passes, engine.actions, engine.skips)
+
+
+def check_kernels(given: str | None) -> str:
+    """Returns which kernels are meant: those given, else those of `REDPASS_KERNELS`.
+
+    Raises:
+        UsageError: none of `auto`, `reference` and `triton`.
+    """
+    chosen = config.from_environment().kernels if given is None else given
+    if chosen not in CHOICES["kernels"]:
+        hint = nearest(chosen, CHOICES["kernels"])
+        raise UsageError(f"'{chosen}' are no kernels", place="--kernels", hint=hint)
+    return chosen
+
+
+def with_kernels(record: RunRecord, program: Program, kernels: str | None = None) -> RunRecord:
+    """Adds to the record of a run where kernels would take over, and where not and why.
+
+    Nothing is lowered: files hold standard ops, and what pays depends on where they run.
+    """
+    chosen = check_kernels(kernels)
+    records = tuning.read(tuning.cache_folder(), tuning.this_device())
+    plan = LowerHotPaths(chosen, records).plan(program, Facts(program))
+    name, why = LowerHotPaths.name, "done where the program runs, by redpass.lower"
+    actions = [
+        ActionRecord(0, item.key, name, item.target, item.reason, "planned", why, {}, {}, None)
+        for item in plan.actions
+    ]
+    skips = [SkipRecord(name, item.rule, item.target, item.reason) for item in plan.skips]
+    return replace(record, actions=[*record.actions, *actions], skips=[*record.skips, *skips])
 
 
 def on_device(program: Program, device: str | torch.device) -> Program:

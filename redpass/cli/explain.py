@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument
 
 from redpass.cli import sources
-from redpass.cli.optimize import Job, Passes
+from redpass.cli.optimize import Job, Kernels, Passes
 from redpass.cli.options import Budget, DataFile, DataOptions, Model, ModelOptions, RunOptions
 from redpass.cli.screen import Screen
 from redpass.errors import UsageError, nearest
@@ -30,6 +30,7 @@ def explain(
     data: DataFile = None,
     budget: Budget = "",
     passes: Passes = None,
+    kernels: Kernels = None,
 ) -> None:
     """Tell why each place was or was not rewritten.
 
@@ -42,7 +43,9 @@ def explain(
         record = _read(model)
     else:
         sources.check_model(model, source)
-        record = Job(model, source, rows, run, data, budget, passes).plan(screen)
+        job = Job(model, source, rows, run, data, budget, passes)
+        job.kernels = kernels
+        record = job.plan(screen)
     _check_known(record, place)
     screen.emit(_chosen(record, place))
     screen.show(terminal.places(record, place))

@@ -42,6 +42,15 @@ Passes = Annotated[
     ),
 ]
 
+Kernels = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="What is said about kernels: auto (where measured to win on this GPU), triton (all "
+        "places that a kernel takes) or reference (none).",
+    ),
+]
+
 
 def optimize(
     model: Model,
@@ -52,6 +61,7 @@ def optimize(
     data: DataFile = None,
     budget: Budget = "",
     passes: Passes = None,
+    kernels: Kernels = None,
     bench: Annotated[bool, Option(help="Measure latency before and after.")] = True,
     dry: Annotated[
         bool, Option("--dry-run", help="Show what could be done; write nothing.")
@@ -64,14 +74,6 @@ def optimize(
             "in the order of the passes' own scores.",
         ),
     ] = "greedy",
-    search: Annotated[
-        str,
-        Option(
-            metavar="greedy|one-shot",
-            help="How candidates are chosen: each step measured, or in the order of the passes' "
-            "own scores.",
-        ),
-    ] = "greedy",
     resume: Annotated[
         bool, Option("--resume", help="Go on where a run that was stopped or killed had come to.")
     ] = False,
@@ -82,8 +84,7 @@ def optimize(
     if data is not None:
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
-    job.search = search
-    job.search = search
+    job.search, job.kernels = search, kernels
     screen = Screen(run)
     if dry:
         _finish(screen, job.plan(screen), [])
@@ -124,7 +125,7 @@ class Job:
         self.journal: Path | None = None
         self.resume = False
         self.search = "greedy"
-        self.search = "greedy"
+        self.kernels: str | None = None
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
         """Loads the model and the data, and optimises.
@@ -135,8 +136,10 @@ class Job:
         from redpass import data as data_module
         from redpass import pipeline
         from redpass.budget.spec import parse_budget
+        from redpass.lowering import check_kernels, with_kernels
         from redpass.passes.spec import parse_passes
 
+        check_kernels(self.kernels)
         sources.prepare(self.options)
         budget = parse_budget(self.budget)  # a typing mistake is told before the model is loaded
         chosen = None if self.passes is None else parse_passes(self.passes)
@@ -148,7 +151,7 @@ class Job:
             listener=listener,
         )
         batches = None if self.data is None else sources.read(self.data, self.program, self.rows)
-        return pipeline.optimize(
+        found = pipeline.optimize(
             self.program,
             chosen,
             budget=budget,
@@ -160,8 +163,8 @@ class Job:
             journal=self.journal,
             resume=self.resume,
             search=self.search,
-            search=self.search,
         )
+        return replace(found, record=with_kernels(found.record, found.program, self.kernels))
 
     def plan(self, screen: Screen) -> RunRecord:
         """Does everything but apply; the record holds what could be done as `planned`."""
