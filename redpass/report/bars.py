@@ -89,7 +89,7 @@ def _chart(
     if not known:
         return None
     axis = scale((v for values in known.values() for v in values), with_zero=True)
-    wide = max(10.0 * len(known) + GAP, min(44.0, 620 / len(groups)))
+    wide = max(10.0 * len(known) + GAP, min(34.0, 620 / len(groups)))
     bars = [
         _bar(axis, LEFT + wide * place + GAP / 2, (wide - GAP) / len(known), number, value, label)
         for number, (name, values) in enumerate(known.items())
