@@ -19,6 +19,8 @@ from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
 from redpass.passes.merge_linears import MergeLinears
 from redpass.passes.refit_projections import RefitProjections
+from redpass.passes.reuse_layers import ReuseLayers
+from redpass.passes.share_layers import ShareLayers
 from redpass.passes.share_repeated_heads import ShareRepeatedHeads
 from redpass.passes.shorten_chains import ShortenChains
 from redpass.passes.tie_equal_weights import TieEqualWeights
@@ -40,7 +42,13 @@ CLEANUP: tuple[type[Pass], ...] = (
 REDUCE: tuple[type[Pass], ...] = (DropBranches,)
 """Approximate: each runs only under a budget, or when asked for by name."""
 
-ON_REQUEST: tuple[type[Pass], ...] = (DropLayers, DropSpan, RefitProjections)
+ON_REQUEST: tuple[type[Pass], ...] = (
+    DropLayers,
+    DropSpan,
+    ShareLayers,
+    ReuseLayers,
+    RefitProjections,
+)
 """Approximate: they run when asked for by name."""
 
 FUSE: tuple[type[Pass], ...] = (

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from redpass.analysis import cost, structure
+from redpass.analysis import cost
 from redpass.analysis.blocks import Block
 from redpass.analysis.cost import storages
 from redpass.analysis.inspection import DEFAULT_SIZES
-from redpass.analysis.similarity import similarity
 from redpass.analysis.structure import Branch
+from redpass.analysis.twins import Twin
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
-from redpass.plan import Bypass, DropState, DropTerm, Edit
+from redpass.plan import Bypass, DropState, DropTerm, Edit, SetArgument, WeightRef
 from redpass.program import Program
 
 NO_STREAM = "no residual stream with branches was found"
@@ -52,19 +52,35 @@ def saving(facts: Facts, branches: Iterable[Branch]) -> dict[str, float]:
     }
 
 
+def borrow_weights(twin: Twin) -> tuple[Edit, ...]:
+    """Returns the edits that let a layer read the weights that stand in its places in another."""
+    return tuple(
+        SetArgument(place.reader, place.node, WeightRef(weight))
+        for place, weight in twin.pairs
+        if place.weight != weight
+    )
+
+
+def saving_of_weights(program: Program, twin: Twin) -> dict[str, float]:
+    """Returns what the weights cost that only the layer read before it borrowed others."""
+    readers = {place.reader for place, weight in twin.pairs if place.weight != weight}
+    gone = {place.weight for place, weight in twin.pairs if place.weight != weight}
+    lost = {
+        str(node.target)
+        for node in program.weight_nodes
+        if str(node.target) in gone and {user.name for user in node.users} <= readers
+    }
+    before, after = (
+        sum_weights(program, names) for names in (program.weights, set(program.weights) - lost)
+    )
+    return {"parameters": before[0] - after[0], "bytes": before[1] - after[1]}
+
+
 def sum_weights(program: Program, names: Iterable[str]) -> tuple[int, int]:
     """Returns how many trained numbers and how many bytes the named weights hold."""
     found = storages(program, names)
     parameters = sum(tensor.numel() for tensor, trained in found if trained)
     return parameters, sum(tensor.numel() * tensor.element_size() for tensor, _ in found)
-
-
-def stream_cosine(facts: Facts, before: str, after: str) -> float:
-    """Returns the mean cosine over calibration tokens between two values of the stream."""
-    found = facts.get(structure)
-    first = found.branches[0].entry
-    values = tuple(dict.fromkeys((first, *(branch.after for branch in found.branches))))
-    return facts.get(similarity).cosines[values.index(before)][values.index(after)]
 
 
 def named(only: Sequence[str], blocks: Sequence[Block], place: str) -> tuple[Block, ...]:

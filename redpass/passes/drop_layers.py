@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
+from redpass.analysis.block_influence import WIDTH_CHANGES
 from redpass.analysis.blocks import Block, blocks, is_removable
-from redpass.analysis.similarity import similarity
+from redpass.analysis.stream_statistics import stream_statistics
 from redpass.errors import UsageError
 from redpass.facts import Facts
 from redpass.passes.depth import (
@@ -22,7 +23,6 @@ from redpass.passes.depth import (
     drop_block,
     named,
     saving,
-    stream_cosine,
 )
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
@@ -52,7 +52,7 @@ class DropLayers:
     """
 
     name: ClassVar[str] = "drop_layers"
-    needs: ClassVar[tuple[Any, ...]] = (structure, blocks, cost, similarity)
+    needs: ClassVar[tuple[Any, ...]] = (structure, blocks, cost, stream_statistics)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     min_similarity: float = -1.0
@@ -78,11 +78,13 @@ class DropLayers:
 
     def _judge(self, block: Block, facts: Facts) -> Action | Skip:
         if not is_removable(facts.program, block):
-            reason = "the stream before it and the one behind it are not of one kind"
-            return Skip(RULE, block.label, reason)
+            return Skip(RULE, block.label, WIDTH_CHANGES)
         if self.only:
             return self._drop(block, None, facts)
-        cosine = stream_cosine(facts, block.entry, block.after)
+        pair = facts.get(stream_statistics).between(block.entry, block.after)
+        if pair is None:
+            return Skip(RULE, block.label, WIDTH_CHANGES)
+        cosine = pair[0]
         if cosine < self.min_similarity:
             reason = f"similarity {cosine:.4f} is below {self.min_similarity}"
             return Skip(RULE, block.label, reason)

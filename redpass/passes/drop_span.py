@@ -8,14 +8,14 @@ next layer(x3)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
+from redpass.analysis.block_influence import WIDTH_CHANGES
 from redpass.analysis.blocks import Block, blocks, is_removable
-from redpass.analysis.similarity import similarity
+from redpass.analysis.stream_statistics import stream_statistics
 from redpass.errors import UsageError
 from redpass.facts import Facts
 from redpass.passes.depth import (
@@ -24,7 +24,6 @@ from redpass.passes.depth import (
     drop_block,
     named,
     saving,
-    stream_cosine,
 )
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
@@ -52,7 +51,7 @@ class DropSpan:
     """
 
     name: ClassVar[str] = "drop_span"
-    needs: ClassVar[tuple[Any, ...]] = (structure, blocks, cost, similarity)
+    needs: ClassVar[tuple[Any, ...]] = (structure, blocks, cost, stream_statistics)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     lengths: tuple[int, ...] = (2, 3, 4)
@@ -84,10 +83,12 @@ class DropSpan:
         return (span for n in self.lengths for span in _spans_of(layers, n))
 
     def _judge(self, block: Block, facts: Facts) -> Action | Skip:
-        if not is_removable(facts.program, block):
-            reason = "the stream before it and the one behind it are not of one kind"
-            return Skip(RULE, block.label, reason)
-        angle = None if self.only else _angle(stream_cosine(facts, block.entry, block.after))
+        pair: tuple[float, float] | None = (0.0, 0.0)
+        if not self.only:
+            pair = facts.get(stream_statistics).between(block.entry, block.after)
+        if pair is None or not is_removable(facts.program, block):
+            return Skip(RULE, block.label, WIDTH_CHANGES)
+        angle = None if self.only else pair[1]
         shown = "named by the user"
         if angle is not None:
             shown = f"the stream turns by {angle:.4f} half turns over them"
@@ -100,10 +101,6 @@ class DropSpan:
             saving(facts, block.branches),
             angle,
         )
-
-
-def _angle(cosine: float) -> float:
-    return math.acos(min(1.0, max(-1.0, cosine))) / math.pi
 
 
 def _all_spans(layers: Sequence[Block]) -> Iterator[Block]:

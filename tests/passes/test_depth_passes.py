@@ -15,6 +15,8 @@ from redpass.facts import Facts
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_layers import DropLayers
 from redpass.passes.drop_span import DropSpan
+from redpass.passes.reuse_layers import ReuseLayers
+from redpass.passes.share_layers import ShareLayers
 from redpass.plan import Pass
 from redpass.program import Program
 from redpass.verify.rules import check_rules
@@ -42,6 +44,11 @@ def tower(depth: int = 3, stream: bool = True, widths: tuple[int, ...] = ()) -> 
     return b.program(x)
 
 
+def shared() -> Program:
+    program = tower(2)
+    return planned(ShareLayers(only=("layers.1=layers.0",)), program).after
+
+
 def data(rows: int = 8) -> Batches:
     generator = torch.Generator().manual_seed(1)
     return Batches(tuple({"x": torch.randn(rows, 4, generator=generator)} for _ in range(2)))
@@ -60,6 +67,17 @@ GOLDEN = {
     "drop_layers/no_stream": (DropLayers(), lambda: tower(stream=False), None),
     "drop_layers/one_layer": (DropLayers(), lambda: tower(1), None),
     "drop_layers/alike": (DropLayers(min_similarity=1.5, only=()), lambda: tower(2), data),
+    "share_layers/named": (ShareLayers(only=("layers.2=layers.1",)), tower, None),
+    "share_layers/shared": (ShareLayers(only=("layers.1=layers.0",)), lambda: shared(), None),
+    "share_layers/no_twins": (ShareLayers(), lambda: tower(2, widths=(6, 5)), data),
+    "share_layers/no_stream": (ShareLayers(), lambda: tower(stream=False), None),
+    "share_layers/one_layer": (ShareLayers(), lambda: tower(1), None),
+    "reuse_layers/named": (ReuseLayers(only=("layers.2=layers.1",)), tower, None),
+    "reuse_layers/shared": (ReuseLayers(only=("layers.1=layers.0",)), lambda: shared(), None),
+    "reuse_layers/no_twins": (ReuseLayers(), lambda: tower(2, widths=(6, 5)), data),
+    "reuse_layers/no_better": (ReuseLayers(), lambda: tower(2), data),
+    "reuse_layers/no_stream": (ReuseLayers(), lambda: tower(stream=False), None),
+    "reuse_layers/one_layer": (ReuseLayers(), lambda: tower(1), None),
     "drop_span/named": (DropSpan(only=("layers.1-2",)), tower, None),
     "drop_span/no_stream": (DropSpan(), lambda: tower(stream=False), None),
     "drop_span/one_layer": (DropSpan(), lambda: tower(1), None),
@@ -130,6 +148,7 @@ def test_what_overlaps_is_dropped_once():
         (DropLayers(only=("layers.7",)), "no layer is called 'layers.7'"),
         (DropLayers(only=("layers.0", "layers.1", "layers.2")), "all 3 layers"),
         (DropLayers(count=3), "3 of 3 layers cannot be dropped"),
+        (ShareLayers(only=("layers.2=layers.0",)), "no pair of layers 'layers.2=layers.0'"),
         (DropSpan(only=("layers.1-9",)), "no layer is called 'layers.1-9'"),
         (DropSpan(lengths=(1,)), "a span of 1 layers"),
         (DropBranches(only=("layers.9.feed-forward",)), "no branch is called"),
@@ -146,6 +165,58 @@ def test_a_layer_whose_values_are_not_finite_is_named():
     broken["down2"] = torch.full_like(broken["down2"], float("nan"))
     program = Program(program.graph, broken, program.signature, program.origin)
     assert structure(program).branches
-    for pass_ in (DropLayers(), DropSpan(), DropBranches()):
+    for pass_ in (DropLayers(), DropSpan(), DropBranches(), ShareLayers(), ReuseLayers()):
         with pytest.raises(DataError, match=r"layers\.2.*NaN or infinite"):
             planned(pass_, program, data())
+
+
+def alike() -> Program:
+    """Three layers, the last the same as the one before with its inner units in another order."""
+    program = tower(3)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    weights = dict(program.weights)
+    weights["down1"] = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+    weights |= {"up2": weights["up1"][order], "down2": weights["down1"][:, order]}
+    return Program(program.graph, weights, program.signature, program.origin)
+
+
+def test_layers_are_alike_when_they_do_alike_whatever_their_weights_look_like():
+    program = alike()
+    plan = planned(ShareLayers(), program, data()).plan
+    first = [action.target for action in plan.actions[:2]]
+    assert sorted(first) == ["layers.1=layers.2", "layers.2=layers.1"]
+    assert plan.actions[1].loss == pytest.approx(0.0, abs=1e-6)
+    assert plan.actions[2].loss > 0.01
+    after = rewrite.apply(program, plan.actions[:1])
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(after(x)[0], program(x)[0])
+    assert len(after.weights) == 4
+    assert plan.actions[0].saving == {"parameters": 48, "bytes": 192}
+
+
+def test_sharing_saves_bytes_and_no_work():
+    from redpass.analysis.cost import total_cost
+
+    program = alike()
+    after = planned(ShareLayers(only=("layers.2=layers.1",)), program).after
+    before, now = total_cost(program), total_cost(after)
+    assert (now.bytes, now.flops({"batch": 3})) == (before.bytes - 192, before.flops({"batch": 3}))
+
+
+def test_a_neighbour_runs_again_only_where_dropping_is_worse():
+    plan = planned(ReuseLayers(), alike(), data()).plan
+    assert {"layers.1=layers.2", "layers.2=layers.1"} <= {a.target for a in plan.actions}
+    assert all(a.evidence["effect"] < a.evidence["dropped"] for a in plan.actions)
+
+
+def test_the_neighbour_may_be_dropped_after_its_weights_were_lent():
+    program = alike()
+    facts = Facts(program)
+    lend = ShareLayers(only=("layers.2=layers.1",)).plan(program, facts).actions
+    drop = DropLayers(only=("layers.1",)).plan(program, facts).actions
+    x = torch.randn(5, 4)
+    expected = planned(DropLayers(only=("layers.1",)), program).after(x)[0]
+    for actions in ((*lend, *drop), (*drop, *lend)):
+        after = rewrite.apply(program, actions)
+        torch.testing.assert_close(after(x)[0], expected)
+        assert set(after.weights) == {"up0", "down0", "up1", "down1"}
