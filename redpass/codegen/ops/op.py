@@ -61,6 +61,7 @@ class Op:
         launch: `launch(options, *arguments)` runs the kernel; `options` is `Config.options()`.
         refuses: "" or the reason why the kernel does not take these arguments. Cheap: it is
             asked at each call. What holds for all ops (dtype, device) is not its business.
+        cpu: what runs on the CPU in place of the reference, where something faster was measured.
         pays: whether the kernel is the better choice here; where it is not, the reference runs
             and nothing is said.
         kind: what the kernel is specialised by: each new kind passes a self-test first.
@@ -80,6 +81,7 @@ class Op:
     probe: Callable[..., Arguments]
     configs: Callable[..., tuple[Config, ...]]
     samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
+    cpu: Callable[..., Any] | None = None
     pays: Callable[..., bool] = lambda *arguments: True  # noqa: ARG005
 
 
@@ -156,7 +158,7 @@ def register_ops(ops: Mapping[str, Op], on_gpu: Callable[..., Any]) -> None:
     library = torch.library.Library("redpass", "FRAGMENT")
     for op in ops.values():
         library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(op.name, op.reference, "CPU")
+        library.impl(op.name, op.cpu or op.reference, "CPU")
         library.impl(op.name, op.reference, "CompositeExplicitAutograd")
         library.impl(op.name, _bound(on_gpu, op), "CUDA")
         library.impl(op.name, op.fake, "Meta")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redpass.codegen.ops.clustered_attention.cpu import shared_weights
 from redpass.codegen.ops.clustered_attention.reference import clustered_attention, spread
 from redpass.codegen.ops.op import Arguments, Config, Op, capability_of, random_like, splits_of
 
@@ -48,8 +49,8 @@ FEW: tuple[Sizes, Sizes, Sizes] = (
 )
 """Few queries: keys, value heads, warps, stages."""
 
-WIDE_MANY: Sizes = ((32, 16, 2, 4, 1),)
-WIDE_FEW: Sizes = ((16, 2, 4, 1),)
+WIDE_MANY: Sizes = ((16, 16, 2, 8, 1), (32, 16, 1, 8, 1))
+WIDE_FEW: Sizes = ((16, 2, 8, 1),)
 """Float32, whose products run outside the tensor cores."""
 
 
@@ -156,4 +157,5 @@ OP = Op(
     probe=_probe,
     configs=_configs,
     samples=_samples,
+    cpu=shared_weights,
 )

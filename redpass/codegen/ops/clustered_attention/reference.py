@@ -43,16 +43,21 @@ def clustered_attention(
     """
     keys = spread(keys, q.shape[1], k.shape[1])
     values = spread(values, len(clusters), v.shape[1])
-    mask = _seen(q, k, mask, causal, offset)
+    mask = seen_keys(q, k, mask, causal, offset)
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, list(clusters)]
     return scaled_dot_product_attention(
-        q[:, list(clusters)],
-        k[:, [keys[cluster] for cluster in clusters]],
-        v[:, values],
+        chosen_heads(q, list(clusters)),
+        chosen_heads(k, [keys[cluster] for cluster in clusters]),
+        chosen_heads(v, values),
         attn_mask=mask,
         scale=scale,
     ).contiguous()
+
+
+def chosen_heads(x: Tensor, chosen: list[int]) -> Tensor:
+    """Returns some heads in some order, without a copy where these are all of them."""
+    return x if chosen == list(range(x.shape[1])) else x[:, chosen]
 
 
 def spread(readers: Sequence[int], count: int, heads: int) -> list[int]:
@@ -60,8 +65,10 @@ def spread(readers: Sequence[int], count: int, heads: int) -> list[int]:
     return list(readers) if readers else [index * heads // count for index in range(count)]
 
 
-def _seen(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, offset: int) -> Tensor | None:
-    """Puts the causal limit into the mask."""
+def seen_keys(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, offset: int
+) -> Tensor | None:
+    """Returns the mask with the causal limit in it, None where all is seen."""
     if not causal:
         return mask
     rows = torch.arange(q.shape[-2], device=q.device)[:, None] + offset

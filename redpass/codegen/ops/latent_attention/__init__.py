@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from redpass.codegen.ops.latent_attention.reference import latent_attention
-from redpass.codegen.ops.op import Arguments, Config, Op, random_like, splits_of
+from redpass.codegen.ops.op import Arguments, Config, Op, capability_of, random_like, splits_of
 
 MOST_ROWS = 64
 """Queries times heads of a group: rows of the one tile that holds their scores."""
@@ -24,6 +24,18 @@ WIDEST_VALUE = 512
 WIDEST_HEAD = 256
 MOST_GROUPS = 65535
 """Size of CUDA's second and third grid axes."""
+
+Sizes = tuple[tuple[int, int, int, int], ...]
+
+SIZES: tuple[Sizes, Sizes] = (
+    ((32, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    ((64, 64, 8, 2), (64, 32, 8, 3), (32, 64, 8, 3)),
+)
+"""Before and from compute capability 9.0 on: keys, ranks, warps, stages. The first spills
+nowhere (`benchmarks/results/`)."""
+
+WIDE: tuple[Sizes, Sizes] = (((16, 16, 8, 1),), ((16, 16, 4, 1),))
+"""Float32, whose products run outside the tensor cores."""
 
 
 def _fake(
@@ -90,9 +102,8 @@ def _probe(
 
 def _configs(q: Tensor, key_latent: Tensor, *others: Any) -> tuple[Config, ...]:
     splits = splits_of(q.shape[0] * key_latent.shape[2], key_latent.shape[1])
-    if q.dtype == torch.float32:
-        return (Config.of(warps=4, stages=1, BLOCK_N=16, BLOCK_R=16, SPLITS=splits),)
-    sizes = ((64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 3))
+    table = WIDE if q.dtype == torch.float32 else SIZES
+    sizes = table[capability_of(q) >= 90]
     return tuple(
         Config.of(warps=warps, stages=stages, BLOCK_N=n, BLOCK_R=r, SPLITS=splits)
         for n, r, warps, stages in sizes

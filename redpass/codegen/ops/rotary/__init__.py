@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from redpass.codegen.ops.op import Arguments, Config, Op, random_like
+from redpass.codegen.ops.rotary.cpu import rotary_in_place
 from redpass.codegen.ops.rotary.reference import rotary
 
 MOST_BATCHES = 65535
@@ -82,4 +83,5 @@ OP = Op(
     probe=_probe,
     configs=_configs,
     samples=_samples,
+    cpu=rotary_in_place,
 )
