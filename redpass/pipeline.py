@@ -37,7 +37,7 @@ from redpass.summary import (
     layer_records,
     machine,
     matrices,
-    measured_similarity,
+    measured_redundancy,
     work_key,
 )
 from redpass.verify.originals import Originals
@@ -223,10 +223,10 @@ class _Run:
 
     def _record(self, verdict: Verdict, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin
-        base = self.searches[0].facts if self.searches else None
         start = Facts(self.original, self._calibration(), self.journal)
-        measured = measured_similarity(base or start)
-        dropped = {a.target for search in self.searches for a in search.accepted}
+        measured = measured_redundancy(self.searches[0].facts if self.searches else start)
+        accepted = (action for search in self.searches for action in search.accepted)
+        dropped = {action.target for action in accepted if action.rule.startswith("drop_")}
         branches = branch_records(self.original, self.sizes, measured, dropped)
         return RunRecord(
             version=redpass.__version__,

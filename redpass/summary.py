@@ -51,7 +51,7 @@ class Redundancy:
     entropy: BranchEntropy
 
 
-def measured_similarity(facts: Facts) -> Redundancy | None:
+def measured_redundancy(facts: Facts) -> Redundancy | None:
     """Returns what the calibration data tell of branches and layers, None without data."""
     if facts.calibration is None:
         return None

@@ -4,7 +4,8 @@ An observer is a frozen record of the values it looks at (names of nodes) and of
 of tokens adds to its sum, one float64 tensor. Sums over stretches, batches, processes and
 restarts add up. `statistics.collect` runs them.
 
-`rows[name]` is float64 `[tokens, width]`, the same tokens for all values of one observer.
+`rows[name]` is `[tokens, width]` in the program's own type, the same tokens for all values of one
+observer; sums are formed in float64.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 
 STRETCH = 256
 """Tokens that are summed together. Also the sample size of `KernelAlignment`."""
+
+PIECE = 1 << 22
+"""Float64 numbers that are held at once while many values are compared: 32 MiB."""
 
 Rows = Mapping[str, Tensor]
 Widths = Mapping[str, int]
@@ -91,9 +95,15 @@ class Alignment:
 
     def measure(self, rows: Rows) -> Tensor:
         """The sums of a stretch."""
-        units = torch.stack([_unit(rows[name]) for name in self.names], dim=1)
-        cosines = (units @ units.transpose(1, 2)).clamp(-1.0, 1.0)
-        return torch.stack([cosines.sum(0), cosines.arccos().sum(0) / math.pi])
+        values = [rows[name] for name in self.names]
+        found = torch.zeros(2, len(values), len(values), dtype=torch.float64)
+        step = max(1, PIECE // (len(values) * values[0].shape[-1]))
+        for start in range(0, len(values[0]), step):
+            piece = slice(start, start + step)
+            units = torch.stack([_unit(value[piece].double()) for value in values], dim=1)
+            cosines = (units @ units.transpose(1, 2)).clamp(-1.0, 1.0)
+            found += torch.stack([cosines.sum(0), cosines.arccos().sum(0) / math.pi])
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Turn:
 
     def measure(self, rows: Rows) -> Tensor:
         """The sums of a stretch."""
-        total, part = rows[self.total], rows[self.part]
+        total, part = rows[self.total].double(), rows[self.part].double()
         cosine = (_unit(total - part) * _unit(total)).sum(-1)
         ratio = part.norm(dim=-1) / total.norm(dim=-1).clamp_min(1e-30)
         return torch.stack([cosine.sum(), ratio.sum()])
@@ -141,7 +151,7 @@ class Spread:
 
     def measure(self, rows: Rows) -> Tensor:
         """The sums of a stretch."""
-        x = rows[self.value]
+        x = rows[self.value].double()
         return torch.stack([x.sum(0), x.square().sum(0)])
 
 
@@ -169,7 +179,7 @@ class KernelAlignment:
 
     def measure(self, rows: Rows) -> Tensor:
         """The estimate of a stretch, times its tokens."""
-        kernels = torch.stack([_kernel(rows[name]) for name in self.names])
+        kernels = torch.stack([_kernel(rows[name].double()) for name in self.names])
         count = kernels.shape[-1]
         if count < 4:
             return kernels.new_zeros(len(self.names), len(self.names))

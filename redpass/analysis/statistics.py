@@ -224,7 +224,7 @@ class _Run:
         # kernel alignment among neighbours would miss what differs between rows.
         step = -(-(total := count.pop()) // STRETCH)
         for start in range(step):
-            part = {name: seen[name][start::step].double() for name in observer.values}
+            part = {name: seen[name][start::step] for name in observer.values}
             self.totals[observer] += observer.measure(part)
         self.tokens[observer] += total
 

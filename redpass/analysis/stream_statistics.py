@@ -114,16 +114,33 @@ def total(branch: Branch) -> str:
     return branch.join if branch.form == "post-norm" else branch.after
 
 
+def memory(program: Program, facts: Facts) -> int:
+    """Returns how many bytes the sums of the calibration run take, without running anything.
+
+    Beside them the run holds the stream's values of one batch.
+    """
+    found = facts.get(structure)
+    return footprint(program, _observers(_plans(program, found), found))
+
+
 def _measure(program: Program, found: Structure, facts: Facts) -> StreamStatistics:
-    plans = [_Plan(program, names, found) for names in _groups(program, found)]
-    observers: list[Observer] = [observer for plan in plans for observer in plan.observers]
-    for branch in found.branches:
-        observers += [Turn(total(branch), branch.exit), Spread(branch.exit)]
-    sums = collect(program, observers, facts.data(), labels=_labels(found))
+    plans = _plans(program, found)
+    sums = collect(program, _observers(plans, found), facts.data(), labels=_labels(found))
     return StreamStatistics(
         tuple(plan.stage(sums) for plan in plans),
         {branch.label: _figures(sums, branch) for branch in found.branches},
     )
+
+
+def _plans(program: Program, found: Structure) -> list[_Plan]:
+    return [_Plan(program, names, found) for names in _groups(program, found)]
+
+
+def _observers(plans: list[_Plan], found: Structure) -> list[Observer]:
+    observers: list[Observer] = [observer for plan in plans for observer in plan.observers]
+    for branch in found.branches:
+        observers += [Turn(total(branch), branch.exit), Spread(branch.exit)]
+    return observers
 
 
 def _groups(program: Program, found: Structure) -> Iterator[tuple[str, ...]]:

@@ -57,8 +57,10 @@ def _measure(
     screen: Screen, model: Path, source: ModelOptions, rows: DataOptions, data: Path
 ) -> RunRecord:
     from redpass import pipeline
+    from redpass.analysis.stream_statistics import memory
     from redpass.data import split
     from redpass.facts import Facts
+    from redpass.report.figures import size
 
     with screen.listening() as listener:
         sources.prepare(screen.run)
@@ -67,11 +69,13 @@ def _measure(
         )
         batches = sources.read(data, program, rows)
         splits = split(batches)
+        facts = Facts(program, splits.calibration)
+        listener.message(f"the run's sums take {size(memory(program, facts))} of memory")
         # A run without passes is the measurement alone.
         record = pipeline.optimize(
             program, (), data=splits, listener=listener, command=command_line()
         ).record
-        return _with_macro(record, Facts(program, splits.calibration))
+        return _with_macro(record, facts)
 
 
 def _with_macro(record: RunRecord, facts: Facts) -> RunRecord:

