@@ -107,7 +107,7 @@ def _recipe(plan: Path) -> Recipe:
 
 
 def _judge(program: Program, budget: str, data: Batches) -> Callable[[Program], bool]:
-    from redpass.budget.search import measure
+    from redpass.budget.quality import measure
     from redpass.budget.spec import parse_budget, worst_case
     from redpass.verify.originals import Originals
 
