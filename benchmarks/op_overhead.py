@@ -51,7 +51,8 @@ def cases(batch: int, length: int) -> list[Case]:
     def attend(queries: torch.Tensor, keys: torch.Tensor) -> Any:
         return functional.scaled_dot_product_attention(queries, keys, keys)
 
-    one = q[:, :, :1]
+    one = q[:, :, :1].contiguous()
+    few = [t[:, ::2].contiguous() for t in (q, k, one, past)]
     return [
         ("add_norm", lambda: call.add_norm(x, y, weight, None, 1e-5, "rms"), norm),
         ("rotary", lambda: call.rotary(q, k, table, table, False), lambda: (turn(q), turn(k))),
@@ -75,14 +76,14 @@ def cases(batch: int, length: int) -> list[Case]:
         (
             "clustered_attention, clusters of 2",
             lambda: call.clustered_attention(
-                q[:, ::2], k[:, ::2], v, clusters, [], [], None, False, 0, None
+                few[0], few[1], v, clusters, [], [], None, False, 0, None
             ),
             lambda: functional.scaled_dot_product_attention(q, k, v),
         ),
         (
             "clustered_attention, clusters of 2, one token on 512",
             lambda: call.clustered_attention(
-                one[:, ::2], past[:, ::2], past, clusters, [], [], None, False, 0, None
+                few[2], few[3], past, clusters, [], [], None, False, 0, None
             ),
             lambda: attend(one, past),
         ),

@@ -51,7 +51,7 @@ def shared_weights(
     for start in range(0, queries, step):
         rows = slice(start, start + step)
         weights = _softmax(q[:, :, rows] @ k.mT, mask, rows)
-        out[:, :, rows] = _weighted(weights, v, list(clusters))
+        _weighted(weights, v, list(clusters), out[:, :, rows])
     return out
 
 
@@ -64,9 +64,16 @@ def _softmax(scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
     return weights
 
 
-def _weighted(weights: Tensor, v: Tensor, clusters: list[int]) -> Tensor:
+def _weighted(weights: Tensor, v: Tensor, clusters: list[int], out: Tensor) -> None:
+    """Writes each head's weighted values.
+
+    One product for each place in a cluster, rather than one for all: that would copy the weights,
+    which costs more than calls do, but for a single query.
+    """
     count, heads = weights.shape[1], len(clusters)
-    if heads % count == 0 and clusters == [head * count // heads for head in range(heads)]:
-        wide = torch.matmul(weights.unsqueeze(2), v.unflatten(1, (count, -1)))
-        return wide.flatten(1, 2)
-    return torch.matmul(weights[:, clusters], v)
+    if weights.shape[2] == 1 or clusters != spread([], heads, count) or heads % count:
+        out.copy_(torch.matmul(weights[:, clusters], v))
+        return
+    wide, results = v.unflatten(1, (count, -1)), out.unflatten(1, (count, -1))
+    for index in range(heads // count):
+        results[:, :, index] = torch.matmul(weights, wide[:, :, index])
