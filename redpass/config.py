@@ -64,6 +64,13 @@ def from_environment(environ: dict[str, str] | None = None) -> Settings:
     )
 
 
+def cache_home(environ: dict[str, str] | None = None) -> Path:
+    """Returns the user's folder for what can be made again: `XDG_CACHE_HOME`, else `~/.cache`."""
+    found = (os.environ if environ is None else environ).get("XDG_CACHE_HOME", "")
+    # The XDG Base Directory specification says that a relative path is to be ignored.
+    return Path(found) if os.path.isabs(found) else Path.home() / ".cache"
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from redpass import atomic
 from redpass.codegen.ops.op import Arguments, Config, Op, tensors
+from redpass.config import cache_home
 from redpass.manifest import digest
 
 FORMAT = "redpass-tuning-1"
@@ -190,12 +191,7 @@ def round_up(size: int) -> int:
 
 def cache_folder(given: Path | None = None) -> Path:
     """Returns `given`, else `redpass/tuning` in the user's cache folder (`XDG_CACHE_HOME`)."""
-    if given is not None:
-        return given
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "redpass" / "tuning"
+    return given if given is not None else cache_home() / "redpass" / "tuning"
 
 
 def read(folder: Path, device: Device | None) -> Records:
