@@ -121,6 +121,13 @@ class ExportError(RedpassError):
     exit_code = 9
 
 
+class ResourceError(RedpassError):
+    """Memory that the work needs and that is not there."""
+
+    code = "memory"
+    exit_code = 10
+
+
 class PassError(RedpassError):
     """A pass that failed inside: a fault of redpass, with a reproducer."""
 

@@ -46,3 +46,13 @@ def test_docs_name_every_environment_variable():
     text = (ROOT / "docs/options.md").read_text()
     for field in Settings.__dataclass_fields__:
         assert f"`REDPASS_{field.upper()}`" in text
+
+
+def test_docs_name_every_kind_of_error_with_its_exit_code():
+    from redpass import errors
+
+    text = (ROOT / "docs/errors.md").read_text()
+    kinds = [kind for kind in vars(errors).values() if hasattr(kind, "exit_code")]
+    assert len(kinds) > 10
+    for kind in set(kinds) - {errors.RedpassError}:
+        assert f"| `{kind.code}` | {kind.exit_code} | `{kind.__name__}` |" in text

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from redpass.checks import memory
 from redpass.cli.signals import Stopped
 from redpass.errors import RedpassError, clean
 
@@ -36,13 +37,9 @@ def show(error: BaseException, *, debug: bool = False) -> int:
         return error.exit_code
     if isinstance(error, _ParserError):
         return _show_parser_error(error)
-    if isinstance(error, MemoryError):
-        _print(
-            "error[memory]",
-            "not enough memory",
-            "use a smaller --batch-size, or a machine with more",
-        )
-        return FAULT
+    told = memory.told(error)
+    if told is not None:
+        return show(told)
     found = f"{type(error).__name__}: {clean(error)}"
     hint = f"this is a fault of redpass; the traceback is in {_keep_traceback(error)}"
     _print("error[internal]", found, hint)

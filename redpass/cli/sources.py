@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpass.checks import source
+from redpass.checks import memory, source
 from redpass.cli.options import DataOptions, ModelOptions, RunOptions
 from redpass.errors import DataError, UsageError, nearest
 from redpass.manifest import NAME as MANIFEST
@@ -24,10 +24,12 @@ def check_model(path: Path, options: ModelOptions | None = None) -> Path:
 
     Raises:
         LoadError: see `redpass.checks.source.check`; told before PyTorch is imported.
+        ResourceError: there is no room for it.
     """
     options = options or ModelOptions()
     path = resolve(path)
     source.check(path, allow=options.allow, trust=options.trust_file)
+    memory.check(path)
     return path
 
 
