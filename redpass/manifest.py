@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
         files = data["files"]
-        entries = {str(k): Entry(int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
+        entries = {str(k): Entry(_size(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
     except OSError as error:
         raise LoadError("holds no readable manifest", file=folder, hint=hint) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -73,6 +73,12 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise LoadError("a path leaves the folder", file=path, place=name, hint=hint)
     return Manifest(entries)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def verify_artifact(folder: Path) -> Manifest:
