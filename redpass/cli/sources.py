@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from redpass.data import Batches
     from redpass.program import Program
 
-FORMATS = ("pt2", "onnx", "hf")
+FORMATS = ("pt2", "onnx", "hf", "kernels")
 USUAL_FORMATS = ("pt2", "onnx")
 
 

@@ -8,19 +8,22 @@ from pathlib import Path
 from redpass.errors import ExportError, UsageError, nearest
 from redpass.export.check import Report
 from redpass.export.huggingface import to_huggingface
+from redpass.export.kernels import to_kernels
 from redpass.export.onnx import to_onnx
 from redpass.export.pt2 import to_pt2
 from redpass.program import Program
 
-FORMATS = {"pt2": to_pt2, "onnx": to_onnx, "hf": to_huggingface}
-NAMES = {"pt2": "model.pt2", "onnx": "model.onnx", "hf": "hf"}
+FORMATS = {"pt2": to_pt2, "onnx": to_onnx, "hf": to_huggingface, "kernels": to_kernels}
+NAMES = {"pt2": "model.pt2", "onnx": "model.onnx", "hf": "hf", "kernels": "kernels"}
 """What each form is called inside the folder."""
 
 
 def write(
     program: Program, folder: str | Path, formats: Sequence[str] = ("pt2", "onnx")
 ) -> dict[str, Report]:
-    """Writes `model.pt2`, `model.onnx`, `hf/` into an existing folder and compares each.
+    """Writes `model.pt2`, `model.onnx`, `hf/`, `kernels/` into an existing folder.
+
+    Each but the last is compared with the program.
 
     Raises:
         UsageError: an unknown format.
@@ -53,5 +56,5 @@ def write_where_possible(program: Program, folder: str | Path) -> list[str]:
 
 __all__ = [
     "FORMATS", "NAMES", "Report",
-    "to_huggingface", "to_onnx", "to_pt2", "write", "write_where_possible",
+    "to_huggingface", "to_kernels", "to_onnx", "to_pt2", "write", "write_where_possible",
 ]  # fmt: skip

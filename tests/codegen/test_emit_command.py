@@ -46,6 +46,16 @@ def test_files_index_and_manifest_are_written(
     assert sizes["redpass::low_rank_linear"]["down"] == "float32[5,24]"
 
 
+def test_kernels_are_a_form_of_a_result_too(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(model), "--format", "pt2,kernels", "--out", str(out), "--quiet"]
+    assert main(words) == 0
+    verify_artifact(out)
+    assert (out / "model.pt2").exists()
+    index = json.loads((out / "kernels/kernels.json").read_text())
+    assert len(index["kernels"]) == 4
+
+
 def test_a_folder_that_exists_is_not_overwritten(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
