@@ -40,7 +40,7 @@ GPT2 = LanguageRecipe(
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
-    schedule=Schedule(cycles=(2000,), batch=4, learning_rate=1.5e-3, warmup=100, seed=1),
+    schedule=Schedule(cycles=(2000, 2500), batch=4, learning_rate=1.5e-3, warmup=100, seed=1),
 )
 
 # Three query heads read each key head: large enough for clusters to form inside a group.
@@ -58,7 +58,7 @@ QWEN3 = LanguageRecipe(
         "max_position_embeddings": CONTEXT,
         "tie_word_embeddings": True,
     },
-    schedule=Schedule(cycles=(2000,), batch=4, learning_rate=1.5e-3, warmup=100, seed=2),
+    schedule=Schedule(cycles=(2000, 2500), batch=4, learning_rate=1.5e-3, warmup=100, seed=2),
 )
 
 MIXTRAL = LanguageRecipe(
