@@ -147,6 +147,7 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
         f"cost: median {100 * (statistics.median(ratios) - 1):+.1f}%, "
         f"worst {100 * (max(ratios) - 1):+.1f}%"
     )
+    sys.exit(bool(wrong or max(repeated) > 0))
 
 
 if __name__ == "__main__":
