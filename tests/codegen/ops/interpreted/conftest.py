@@ -7,10 +7,32 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.runtime import interpreter
 
 from redpass.codegen.ops import Config, Op
 from redpass.codegen.ops.checking import disagreement
 from redpass.codegen.ops.op import tensors
+
+
+@pytest.fixture(autouse=True)
+def _old_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 reads a loop's bound off an array of one element, which numpy 2.4 refuses."""
+    if not triton.__version__.startswith("3.6"):
+        return
+    scope = interpreter._LangPatchScope
+    put = scope.set_attr
+
+    def set_attr(self: Any, owner: Any, name: str, value: Any) -> None:
+        if name == "__index__":
+            value = _index
+        put(self, owner, name, value)
+
+    monkeypatch.setattr(scope, "set_attr", set_attr)
+
+
+def _index(value: Any) -> int:
+    return int(value.handle.data.item())
 
 
 @pytest.fixture(autouse=True)
