@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
 from redpass.analysis.records import Rotary
+from redpass.program import Program
 
 
 def find_rotary(
@@ -66,3 +68,26 @@ def _table(flow: Flow, known: Mapping[fx.Node, Any], product: Any) -> fx.Node | 
 def _width(indices: Tensor) -> int:
     """How many distinct features of one head the node holds."""
     return math.prod(indices.shape[-1:])
+
+
+def has_equal_halves(program: Program, node: fx.Node) -> bool:
+    """Whether a table's last axis holds the same numbers twice: made so by a cat, or by content."""
+    if node.op == "get_attr":
+        weight = program.weights[str(node.target)]
+        half = weight.shape[-1] // 2
+        return torch.equal(weight[..., :half], weight[..., half:])
+    value = node.meta["val"]
+    if ops.is_call(node, "cat"):
+        parts = ops.argument(node, "tensors")
+        last = ops.argument(node, "dim") in (-1, value.dim() - 1)
+        return last and len(parts) == 2 and parts[0] is parts[1]
+    if ops.is_call(node, "unsqueeze"):
+        if int(ops.argument(node, "dim")) % value.dim() == value.dim() - 1:
+            return False
+    elif not (ops.is_elementwise(node) or ops.is_call(node, "to", "_to_copy", "clone", "slice")):
+        return False
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+    if len(tensors) != 1:
+        return False
+    is_cut = ops.is_call(node, "slice") and tensors[0].meta["val"].shape[-1] != value.shape[-1]
+    return not is_cut and has_equal_halves(program, tensors[0])

@@ -149,7 +149,9 @@ class _Reader:
         names = [argument.name for argument in schema_of(op).arguments]
         pairs = list(zip(names, site.arguments, strict=True))
         tail, parts = self._with_tail(op)
-        operands = [self._operand(name, item) for name, item in pairs if _is_node(item)]
+        operands = [
+            self._operand(name, place) for place, (name, item) in enumerate(pairs) if _is_node(item)
+        ]
         if tail is not None:
             extras = zip(tail.parameters, tail.extras, strict=True)
             operands += [_described(name, node.meta["val"], True) for name, node in extras]
@@ -171,15 +173,11 @@ class _Reader:
             dims=self._dims(operands),
         )
 
-    def _operand(self, name: str, item: Ref | WeightRef) -> Operand:
-        if isinstance(item, Ref):
-            value = self.program.nodes[item.name].meta["val"]
-            if not isinstance(value, torch.Tensor):
-                return Operand(name, "int", (str(ops.expression(value)),))
-            return _described(name, value)
-        fresh = {weight.name: weight.value for weight in self.site.weights}
-        found = fresh.get(item.name)
-        return _described(name, self.program.weights[item.name] if found is None else found)
+    def _operand(self, name: str, place: int) -> Operand:
+        value = self.site.operand(self.program, place)
+        if not isinstance(value, torch.Tensor):
+            return Operand(name, "int", (str(ops.expression(value)),))
+        return _described(name, value)
 
     def _with_tail(self, op: Op) -> tuple[Tail | None, Bundle]:
         """The tail that the kernel takes as its epilogue, and the kernel's source with it."""

@@ -104,10 +104,11 @@ def find_sites(program: Program, facts: Facts) -> Iterator[Site | Skip]:
 
 def _late(site: Site, order: Mapping[str, int], readers: Mapping[str, str]) -> str:
     """Returns an operand that does not stand before the place of the op, or ""."""
-    for item in site.arguments:
+    steps = (item for step in site.prepared for item in step.args)
+    for item in (*site.arguments, *steps):
         name = readers.get(item.name) if isinstance(item, WeightRef) else None
         name = item.name if isinstance(item, Ref) else name
-        if name is not None and order[name] >= order[site.before]:
+        if name is not None and name in order and order[name] >= order[site.before]:
             return name
     return ""
 
@@ -123,7 +124,8 @@ def action(site: Site, why: str) -> Action:
     """Returns the action that puts the op in its place."""
     name = f"{site.target}_{site.op}"
     call = getattr(torch.ops.redpass, site.op).default
-    edits: list[Any] = [*site.weights, Insert(name, call, site.arguments, site.before)]
+    edits: list[Any] = [*site.weights, *site.prepared]
+    edits.append(Insert(name, call, site.arguments, site.before))
     if len(call._schema.returns) == 1:
         edits.append(Replace(site.results[0], name))
     else:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from redpass import ops
+from redpass.analysis.rotary import has_equal_halves
 from redpass.export.emitter import Emitter
 from redpass.export.sizes import Size, shape_of, size_of, type_of
 
@@ -131,7 +132,7 @@ def _half_table(e: Emitter, node: fx.Node, shape: Any) -> ir.Value | None:
     sizes = shape_of(node)
     sizes = (1,) * (4 - len(sizes)) + sizes
     fits = sizes[1] == 1 and sizes[2:] == shape[2:] and sizes[0] in (1, shape[0])
-    if not fits or not _has_equal_halves(e, node):
+    if not fits or not has_equal_halves(e.program, node):
         return None
 
     def make() -> ir.Value:
@@ -154,23 +155,3 @@ def _root(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
-
-
-def _has_equal_halves(e: Emitter, node: fx.Node) -> bool:
-    """Whether the last axis holds the same numbers twice: made so by a cat, or by its content."""
-    if node.op == "get_attr":
-        weight = e.program.weights[str(node.target)]
-        half = weight.shape[-1] // 2
-        return torch.equal(weight[..., :half], weight[..., half:])
-    if ops.is_call(node, "cat"):
-        parts = ops.argument(node, "tensors")
-        last = ops.argument(node, "dim") in (-1, len(shape_of(node)) - 1)
-        return last and len(parts) == 2 and parts[0] is parts[1]
-    if ops.is_call(node, "unsqueeze"):
-        if int(ops.argument(node, "dim")) % len(shape_of(node)) == len(shape_of(node)) - 1:
-            return False
-    elif not (ops.is_elementwise(node) or ops.is_call(node, "to", "_to_copy", "clone", "slice")):
-        return False
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-    same = ops.is_call(node, "slice") and shape_of(tensors[0])[-1] != shape_of(node)[-1]
-    return len(tensors) == 1 and not same and _has_equal_halves(e, tensors[0])

@@ -6,12 +6,14 @@ from redpass.codegen.patterns import (
     add_norm,
     clustered_attention,
     gated_feed_forward,
+    latent_attention,
     low_rank_linear,
     rotary,
 )
 from redpass.codegen.patterns.site import Finder, Site
 
 PATTERNS: tuple[Finder, ...] = (
+    latent_attention.find,
     clustered_attention.find,
     gated_feed_forward.find,
     low_rank_linear.find,

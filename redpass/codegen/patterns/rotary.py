@@ -67,7 +67,7 @@ def _pair(program: Program, turns: list[Turn | None], order: dict[fx.Node, int])
     if any(turn is None for turn in turns):
         return "the rotation is spelled in a way that is not known"
     query, key = (turn for turn in turns if turn is not None)
-    tables = [_table(turn.cos) for turn in (query, key)] + [_table(t.sin) for t in (query, key)]
+    tables = [table_of(turn.cos) for turn in (query, key)] + [table_of(t.sin) for t in (query, key)]
     if tables[0] is not tables[1] or tables[2] is not tables[3] or None in tables:
         return "queries and keys are rotated by different tables, or tables of another shape"
     if query.interleaved != key.interleaved:
@@ -102,8 +102,8 @@ def _site(query: Turn, key: Turn, cos: Any, sin: Any, before: fx.Node) -> Site:
     )
 
 
-def _table(node: fx.Node) -> fx.Node | None:
-    """The table `[batch or 1, positions, width]` that `node` views with an axis for heads."""
+def table_of(node: fx.Node) -> fx.Node | None:
+    """Returns the table `[batch or 1, positions, width]` that `node` views with a heads' axis."""
     shape = node.meta["val"].shape
     if not ops.is_call(node, "unsqueeze") or len(shape) != 4 or shape[1] != 1:
         return None

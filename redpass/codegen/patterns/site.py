@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from redpass.analysis.flow import concrete
 from redpass.analysis.structure import Structure
-from redpass.plan import Ref, SetWeight, Skip, WeightRef
+from redpass.plan import Insert, Ref, SetWeight, Skip, WeightRef
 from redpass.program import Program
+from redpass.rewrite import fake_mode, fake_tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Site:
         covers: the nodes that it stands for, results among them.
         reason: what was found, in words.
         weights: weights that the op needs and the program has not.
+        prepared: views of operands that stand before the op, in order.
     """
 
     op: str
@@ -36,6 +39,7 @@ class Site:
     covers: frozenset[str]
     reason: str
     weights: tuple[SetWeight, ...] = ()
+    prepared: tuple[Insert, ...] = ()
 
     @property
     def target(self) -> str:
@@ -48,14 +52,37 @@ class Site:
         Args:
             sizes: dimension name -> size; others are 2.
         """
+        return self._values(program, lambda node: _meta(node, sizes), lambda t: t.to("meta"))
+
+    def operand(self, program: Program, place: int) -> Any:
+        """Returns what the argument at `place` is, with symbolic sizes."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if isinstance(tensor, FakeTensor) else fake_tensor(mode, tensor)
+
+        mode = fake_mode(program)
+        with mode:
+            return self._values(program, lambda node: node.meta["val"], keep)[place]
+
+    def _values(
+        self,
+        program: Program,
+        of_node: Callable[[fx.Node], Any],
+        of_weight: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[Any, ...]:
         fresh = {weight.name: weight.value for weight in self.weights}
+        made: dict[str, Any] = {}
 
         def value(item: Any) -> Any:
             if isinstance(item, WeightRef):
                 found = fresh.get(item.name)
-                return (program.weights[item.name] if found is None else found).to("meta")
-            return _meta(program.nodes[item.name], sizes) if isinstance(item, Ref) else item
+                return of_weight(program.weights[item.name] if found is None else found)
+            if isinstance(item, Ref):
+                return made[item.name] if item.name in made else of_node(program.nodes[item.name])
+            return item
 
+        for step in self.prepared:
+            made[step.name] = step.target(*map(value, step.args))
         return tuple(
             [value(part) for part in item] if isinstance(item, list) else value(item)
             for item in self.arguments

@@ -1,0 +1,118 @@
+"""Attention over a latent cache is found from its products and its rotation, and verifies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from building import Builder
+from checking import check_numbers, plan_pass, run_pass
+from torch import fx
+
+from redpass.codegen.decompose import decompose
+from redpass.codegen.emit import emit
+from redpass.codegen.lower import LowerHotPaths, find_sites
+from redpass.facts import Facts
+from redpass.plan import Skip
+from redpass.program import Program
+
+aten = torch.ops.aten
+ASKED = LowerHotPaths(kernels="triton")
+HEADS, KEY_HEADS, WIDTH, RANK = 4, 2, 8, 6
+
+
+def rebuilt(b: Builder, name: str, heads: int, *, bias: bool = False) -> fx.Node:
+    """Heads `[batch, heads, past, 8]` of latents of 6."""
+    latent = b.input(name, "batch", "past", RANK)
+    up = b.weight(f"{name}_up", torch.randn(heads * WIDTH, RANK))
+    shift = b.weight(f"{name}_shift", torch.randn(heads * WIDTH)) if bias else None
+    flat = b.call(aten.linear.default, latent, up, shift)
+    size, length = (b.call(aten.sym_size.int, latent, axis) for axis in (0, 1))
+    split = b.call(aten.view.default, flat, [size, length, heads, WIDTH])
+    return b.call(aten.transpose.int, split, 1, 2)
+
+
+def rotated(b: Builder, x: fx.Node, *, halves: bool = True) -> fx.Node:
+    angle = b.input("angle", "batch", "past", WIDTH // 2 if halves else WIDTH)
+    full = b.call(aten.cat.default, [angle, angle], -1) if halves else angle
+    tables = [b.call(op, full) for op in (aten.cos.default, aten.sin.default)]
+    cos, sin = (b.call(aten.unsqueeze.default, table, 1) for table in tables)
+    first = b.call(aten.slice.Tensor, x, 3, 0, WIDTH // 2)
+    second = b.call(aten.slice.Tensor, x, 3, WIDTH // 2, 2**63 - 1)
+    turned = b.call(aten.cat.default, [b.call(aten.neg.default, second), first], -1)
+    left, right = b.call(aten.mul.Tensor, x, cos), b.call(aten.mul.Tensor, turned, sin)
+    return b.call(aten.add.Tensor, left, right)
+
+
+def attend(
+    *, value_bias: bool = False, halves: bool = True, mask: bool = False, **options: Any
+) -> Program:
+    b = Builder()
+    query = b.input("query", "batch", HEADS, "seq", WIDTH)
+    key = rotated(b, rebuilt(b, "keys", KEY_HEADS), halves=halves)
+    value = rebuilt(b, "values", KEY_HEADS, bias=value_bias)
+    seen = b.input("seen", "batch", 1, "seq", "past", dtype=torch.bool) if mask else None
+    sdpa = aten.scaled_dot_product_attention.default
+    return b.program(b.call(sdpa, query, key, value, seen, enable_gqa=True, **options))
+
+
+def values(program: Program) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"batch": 3, "seq": 2, "past": 9}
+    found = {}
+    for port in program.signature.inputs:
+        shape = [sizes[s] if isinstance(s, str) else s for s in port.shape]
+        drawn = torch.randn(shape, generator=generator)
+        found[port.name] = drawn > -0.5 if port.dtype is torch.bool else drawn
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": True}, {"scale": 0.25}], ids=str)
+def test_keys_that_are_rebuilt_are_lowered(options: dict[str, Any]) -> None:
+    program = attend(**options)
+    checked = run_pass(ASKED, program)
+    assert checked.rules == ["lower.latent_attention"]
+    assert "keys of 2 heads are rebuilt from 6 numbers" in checked.plan.actions[0].reason
+    assert "linear" not in checked.after.text, "neither keys nor values are rebuilt in memory"
+    check_numbers(ASKED.exactness, program, checked.after, values(program))
+
+
+def test_the_up_projections_are_views_of_the_weights() -> None:
+    program = attend()
+    after = run_pass(ASKED, program).after
+    for name in ("keys_up", "values_up"):
+        view = after.weights[f"{name}_heads"]
+        assert view.data_ptr() == program.weights[name].data_ptr()
+        assert tuple(view.shape) == (KEY_HEADS, WIDTH, RANK)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"value_bias": True}, "its keys are rebuilt from latents and its values are not"),
+        ({"halves": False}, "its rotary tables are not two equal halves"),
+        ({"is_causal": True}, "it drops out scores, or is causal without a mask"),
+    ],
+)
+def test_what_is_not_taken_says_why(options: dict[str, Any], reason: str) -> None:
+    program = attend(**options)
+    found = [s for s in find_sites(program, Facts(program)) if isinstance(s, Skip)]
+    assert [(s.rule, s.reason) for s in found] == [("lower.latent_attention", reason)]
+    assert not plan_pass(ASKED, program).actions
+
+
+def test_it_is_emitted_with_its_ranks() -> None:
+    (file,) = emit(attend(mask=True))[0]
+    sizes = {operand.name: operand.shape for operand in file.operands}
+    assert sizes["key_latent"] == ("batch", "past", "1", "6")
+    assert sizes["key_up"] == ("2", "8", "6")
+    assert sizes["cos"] == ("batch", "past", "4")
+    assert "INTERLEAVED = False" in file.source
+
+
+def test_it_is_written_back_as_standard_ops() -> None:
+    program = attend(mask=True)
+    after = decompose(run_pass(ASKED, program).after)
+    assert "redpass" not in after.text
+    check_numbers(ASKED.exactness, program, after, values(program))
