@@ -44,12 +44,14 @@ class Chosen:
         actions: in the order in which they were chosen.
         removed: share of the cost that is gone.
         curve: quality on the choosing data after each action.
+        operations: how many operations were run to measure candidates.
     """
 
     program: Program
     actions: tuple[Action, ...]
     removed: float
     curve: Curve
+    operations: int = 0
 
 
 def choose(
@@ -186,4 +188,5 @@ class _Job:
         actions = tuple(candidate.action for candidate in self.trials.accepted)
         names = ", ".join(pass_.name for pass_ in passes)
         curve = self.path.curve(f"{search}: {names}")
-        return Chosen(self.trials.current, actions, self._removed(self.trials.cost), curve)
+        done = self.trials.judge.prefix.executed
+        return Chosen(self.trials.current, actions, self._removed(self.trials.cost), curve, done)

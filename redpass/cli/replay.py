@@ -58,7 +58,9 @@ def replay(
         program = sources.load(
             model, source, data=data, tokenizer=rows.tokenizer, listener=listener
         )
-        export.write(recipe.replay(program, wanted, listener=listener), folder, formats)
+        known = _calibration(wanted, program, data, rows)
+        replayed = recipe.replay(program, wanted, listener=listener, data=known)
+        export.write(replayed, folder, formats)
     paths = sorted(path for path in result.out.rglob("*") if path.is_file())
     screen.emit({"written": [str(path) for path in paths]})
     screen.wrote(paths)
@@ -92,7 +94,8 @@ def bisect(
             model, source, data=data, tokenizer=rows.tokenizer, listener=listener
         )
         judge = _judge(program, budget, sources.read(data, program, rows))
-        guilty = recipe.bisect(program, wanted, judge)
+        known = _calibration(wanted, program, data, rows)
+        guilty = recipe.bisect(program, wanted, judge, known)
     screen.emit({"guilty": guilty})
     if guilty is None:
         screen.show("the budget holds with all actions of the plan")
@@ -104,6 +107,18 @@ def _recipe(plan: Path) -> Recipe:
     from redpass.recipe import read_recipe
 
     return read_recipe(plan / "plan.json" if plan.is_dir() else plan)
+
+
+def _calibration(
+    wanted: Recipe, program: Program, data: Path | None, rows: DataOptions
+) -> Batches | None:
+    """The part of the data that a run would take statistics from, where the recipe needs it."""
+    from redpass.data import split
+    from redpass.recipe import needs_data
+
+    if data is None or not needs_data(wanted):
+        return None
+    return split(sources.read(data, program, rows)).calibration
 
 
 def _judge(program: Program, budget: str, data: Batches) -> Callable[[Program], bool]:
