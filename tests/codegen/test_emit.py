@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import models
+import hot_models
 import pytest
 import torch
 from building import Builder
@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, Emitted]:
-    found, skips = emit(models.paths(), origin="redpass, from a test")
+    found, skips = emit(hot_models.paths(), origin="redpass, from a test")
     assert not skips
     return {file.name: file for file in found}
 
@@ -45,7 +45,7 @@ def test_one_file_a_distinct_path(files: dict[str, Emitted]) -> None:
 
 
 def test_equal_layers_share_a_file() -> None:
-    found, _ = emit(models.llama())
+    found, _ = emit(hot_models.llama())
     assert {file.op: len(file.places) for file in found} == {
         "gated_feed_forward": 2,
         "rotary": 2,
@@ -119,8 +119,8 @@ def test_emitted_tests_hold_in_the_interpreter(files: dict[str, Emitted], tmp_pa
 
 
 def test_ops_that_stand_in_the_graph_are_emitted() -> None:
-    before, _ = emit(models.paths())
-    after = run_pass(LowerHotPaths(kernels="triton"), models.paths()).after
+    before, _ = emit(hot_models.paths())
+    after = run_pass(LowerHotPaths(kernels="triton"), hot_models.paths()).after
     found, _ = emit(after)
     assert {file.op for file in found} == {file.op for file in before}
     tails = [sorted(file.tail for file in files) for files in (before, found)]
@@ -133,7 +133,7 @@ def test_a_model_without_hot_paths_gives_no_files() -> None:
 
 
 def test_tuned_options_are_written() -> None:
-    program = models.paths()
+    program = hot_models.paths()
     card = Device("NVIDIA H100 80GB HBM3", "580.1")
     x = torch.empty(4, 8, 24, device="meta")
     weight = torch.empty(24, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import models
+import hot_models
 import pytest
 import torch
 from building import Builder
@@ -22,7 +22,7 @@ from redpass.manifest import digest, verify_artifact
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "paths.pt2"
-    to_pt2(models.paths(), path)
+    to_pt2(hot_models.paths(), path)
     return path
 
 

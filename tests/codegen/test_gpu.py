@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
+import hot_models
 import pytest
 import torch
 
@@ -93,7 +93,7 @@ def test_the_same_bits_come_twice(op: Op) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("make", [models.paths, models.llama])
+@pytest.mark.parametrize("make", [hot_models.paths, hot_models.llama])
 def test_a_lowered_model_computes_what_it_did(make: Any) -> None:
     program = make()
     after = on_device(lower(program, "triton").program, "cuda")
@@ -105,7 +105,7 @@ def test_a_lowered_model_computes_what_it_did(make: Any) -> None:
 
 
 def test_a_lowered_model_compiles_without_a_break() -> None:
-    program = on_device(lower(models.paths(), "triton").program, "cuda")
+    program = on_device(lower(hot_models.paths(), "triton").program, "cuda")
     values = [v.cuda() for v in random_inputs(program, {"batch": 2, "seq": 33}).values()]
     compiled = torch.compile(program.module, fullgraph=True)
     for old, new in zip(program.module(*values), compiled(*values), strict=True):
@@ -113,7 +113,7 @@ def test_a_lowered_model_compiles_without_a_break() -> None:
 
 
 def test_emitted_files_run(tmp_path: Path) -> None:
-    for file in emit(models.paths())[0]:
+    for file in emit(hot_models.paths())[0]:
         path = tmp_path / f"{file.name}.py"
         path.write_text(file.source)
         spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -23,7 +23,7 @@ from redpass.codegen import tuning  # noqa: E402
 from redpass.codegen.ops import OPS  # noqa: E402
 from redpass.codegen.ops.checking import disagreement  # noqa: E402
 
-SMALL = gpu_cases.Maker(torch.float32, "cpu", 64)
+SMALL = gpu_cases.Maker(torch.float32, "cpu", 256)
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +65,24 @@ def case_of(cases: list[gpu_cases.Case], op: str, part: str = "") -> gpu_cases.C
 
 
 def test_bytes_and_operations_are_counted(cases: list[gpu_cases.Case]) -> None:
-    """By hand, at the shrunken sizes: width 64, inner 224, rank 16, past 64 and 512."""
+    """By hand, at the shrunken sizes: width 16, inner 56, rank 4, past 16 and 128."""
     norm = case_of(cases, "add_norm", "16 rows")
-    assert norm.bytes == 4 * (4 * 16 * 64 + 64)
-    ffn = case_of(cases, "gated_feed_forward", "16 rows, 64 to 224")
-    assert ffn.bytes == 4 * (16 * 64 + 2 * 224 * 64 + 16 * 224)
-    assert ffn.operations == 2 * 2 * 16 * 64 * 224
+    assert norm.bytes == 4 * (4 * 16 * 16 + 16)
+    ffn = case_of(cases, "gated_feed_forward", "16 rows, 16 to 56")
+    assert ffn.bytes == 4 * (16 * 16 + 2 * 56 * 16 + 16 * 56)
+    assert ffn.operations == 2 * 2 * 16 * 16 * 56
     thin = case_of(cases, "low_rank_linear", "1 rows")
-    assert thin.bytes == 4 * (64 + 2 * 16 * 64 + 64)
-    assert thin.operations == 2 * (64 * 16 + 16 * 64)
-    decode = case_of(cases, "clustered_attention", "batch 16, 64 past, 8 clusters")
-    keys, values = 8 * 64 * 128, 32 * 64 * 128
+    assert thin.bytes == 4 * (16 + 2 * 4 * 16 + 16)
+    assert thin.operations == 2 * (16 * 4 + 4 * 16)
+    decode = case_of(cases, "clustered_attention", "batch 16, 16 past, 8 clusters")
+    keys, values = 8 * 16 * 128, 32 * 16 * 128
     assert decode.bytes == 4 * 16 * (keys + values + 8 * 128 + 32 * 128)
-    prefill = case_of(cases, "clustered_attention", "prefill 32, 16 clusters")
-    pairs = sum(range(1, 33))
+    prefill = case_of(cases, "clustered_attention", "prefill 8, 16 clusters")
+    pairs = sum(range(1, 9))
     assert prefill.operations == 2 * 128 * pairs * (16 + 32)
-    latent = case_of(cases, "latent_attention", "batch 1, 64 past")
-    full = 2 * 32 * 64 * 128
-    held = 64 * 8 * (256 + 256)
+    latent = case_of(cases, "latent_attention", "batch 1, 16 past")
+    full = 2 * 32 * 16 * 128
+    held = 16 * 8 * (256 + 256)
     assert held == full // 2, "half the cache"
     assert latent.bytes > 4 * held
 
@@ -105,8 +105,8 @@ class Clock:
 
 def test_rates_come_from_a_copy_and_a_product() -> None:
     rates = gpu.measure_rates(Clock(100.0, 50.0), SMALL)
-    assert rates.bandwidth == pytest.approx(2 * (gpu.COPIED // 64) / 100e-6)
-    assert rates.operations == pytest.approx(2 * (gpu.SIDE // 64) ** 3 / 50e-6)
+    assert rates.bandwidth == pytest.approx(2 * (gpu.COPIED // 256) / 100e-6)
+    assert rates.operations == pytest.approx(2 * (gpu.SIDE // 256) ** 3 / 50e-6)
 
 
 def as_reference(case: gpu_cases.Case) -> gpu_cases.Case:

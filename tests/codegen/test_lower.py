@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import models
+import hot_models
 import pytest
 import torch
 from building import Builder
@@ -41,7 +41,7 @@ def lowered(program: Program) -> Program:
 
 
 def test_every_path_of_a_block_is_lowered_and_verifies() -> None:
-    program = models.paths()
+    program = hot_models.paths()
     assert rules(program) == {
         "lower.add_norm": 2,
         "lower.gated_feed_forward": 1,
@@ -58,7 +58,7 @@ def test_every_path_of_a_block_is_lowered_and_verifies() -> None:
 
 
 def test_a_llama_is_lowered_and_verifies() -> None:
-    program = models.llama()
+    program = hot_models.llama()
     assert rules(program) == {
         "lower.add_norm": 4,
         "lower.gated_feed_forward": 2,
@@ -68,7 +68,7 @@ def test_a_llama_is_lowered_and_verifies() -> None:
 
 
 def test_without_a_gpu_nothing_is_lowered_unless_asked() -> None:
-    plan = plan_pass(LowerHotPaths(), models.paths())
+    plan = plan_pass(LowerHotPaths(), hot_models.paths())
     assert not plan.actions
     (skip,) = plan.skips
     assert skip.target == "graph"
@@ -76,7 +76,7 @@ def test_without_a_gpu_nothing_is_lowered_unless_asked() -> None:
 
 
 def test_the_reference_can_be_asked_for() -> None:
-    plan = plan_pass(LowerHotPaths(kernels="reference"), models.paths())
+    plan = plan_pass(LowerHotPaths(kernels="reference"), hot_models.paths())
     assert [skip.reason for skip in plan.skips] == ["reference kernels were asked for"]
 
 
@@ -98,7 +98,7 @@ def timings(program: Program, ratio: Callable[[str, str], float]) -> Records:
 
 
 def test_only_what_was_measured_to_win_is_lowered() -> None:
-    program = models.paths()
+    program = hot_models.paths()
     records = timings(program, lambda op, _: 0.7 if op == "add_norm" else 1.2)
     plan = plan_pass(LowerHotPaths(records=records), program)
     assert {action.rule for action in plan.actions} == {"lower.add_norm"}
@@ -109,7 +109,7 @@ def test_only_what_was_measured_to_win_is_lowered() -> None:
 
 def test_a_kernel_that_wins_in_decoding_only_is_not_lowered() -> None:
     """One graph serves decoding and prefill: a place has to win wherever its kernel would run."""
-    program = models.paths()
+    program = hot_models.paths()
     records = timings(program, lambda _, length: 0.5 if length == "decode" else 1.5)
     rules_found = {a.rule for a in plan_pass(LowerHotPaths(records=records), program).actions}
     # On many rows the low-rank kernel gives way to two library products, so decoding decides.
@@ -117,7 +117,7 @@ def test_a_kernel_that_wins_in_decoding_only_is_not_lowered() -> None:
 
 
 def test_a_device_without_figures_lowers_nothing() -> None:
-    plan = plan_pass(LowerHotPaths(records=Records(CARD)), models.paths())
+    plan = plan_pass(LowerHotPaths(records=Records(CARD)), hot_models.paths())
     assert not plan.actions
     assert {skip.reason for skip in plan.skips} == {f"not measured on {CARD.name}"}
 
@@ -308,12 +308,12 @@ def test_keys_rotated_by_other_tables_stay() -> None:
 
 
 def test_what_is_lowered_is_not_found_again() -> None:
-    after = run_pass(ASKED, models.paths()).after
+    after = run_pass(ASKED, hot_models.paths()).after
     assert not plan_pass(ASKED, after).actions
 
 
 def test_a_site_gives_its_arguments_at_any_size() -> None:
-    program = models.paths()
+    program = hot_models.paths()
     site = next(s for s in find_sites(program, Facts(program)) if isinstance(s, Site))
     few, many = (site.values(program, {"batch": 3, "seq": n})[0] for n in (1, 64))
     assert (tuple(few.shape), tuple(many.shape)) == ((3, 1, 24), (3, 64, 24))
@@ -322,5 +322,5 @@ def test_a_site_gives_its_arguments_at_any_size() -> None:
 
 def test_structure_is_the_only_fact_asked_for() -> None:
     assert ASKED.needs == (structure,)
-    assert isinstance(structure(models.paths()), Structure)
+    assert isinstance(structure(hot_models.paths()), Structure)
     assert replace(ASKED, kernels="auto") == LowerHotPaths()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import models
+import hot_models
 import pytest
 import torch
 
@@ -20,28 +20,28 @@ from redpass.verify.inputs import random_inputs
 
 
 def test_lower_checks_what_it_did() -> None:
-    found = redpass.lower(models.paths(), "triton")
+    found = redpass.lower(hot_models.paths(), "triton")
     assert {action.outcome for action in found.actions} == {"applied"}
     assert [record.state for record in found.passes] == ["checked"]
     assert "redpass.gated_feed_forward" in found.program.text
-    values = random_inputs(models.paths())
-    for old, new in zip(models.paths()(**values), found.program(**values), strict=True):
+    values = random_inputs(hot_models.paths())
+    for old, new in zip(hot_models.paths()(**values), found.program(**values), strict=True):
         torch.testing.assert_close(new, old)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_on_a_cpu_nothing_is_lowered_and_the_reason_is_there() -> None:
-    found = redpass.lower(models.paths())
-    assert found.program.text == models.paths().text
+    found = redpass.lower(hot_models.paths())
+    assert found.program.text == hot_models.paths().text
     assert "no GPU" in found.skips[0].reason
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDPASS_KERNELS", "triton")
-    assert redpass.lower(models.paths()).actions
-    assert not redpass.lower(models.paths(), "reference").actions
+    assert redpass.lower(hot_models.paths()).actions
+    assert not redpass.lower(hot_models.paths(), "reference").actions
     with pytest.raises(UsageError, match="known: auto, reference, triton"):
-        redpass.lower(models.paths(), "cuda")
+        redpass.lower(hot_models.paths(), "cuda")
 
 
 def test_a_rewrite_that_computes_something_else_is_rolled_back(
@@ -51,7 +51,7 @@ def test_a_rewrite_that_computes_something_else_is_rolled_back(
     monkeypatch.setattr(
         "redpass.codegen.patterns.gated_feed_forward.activation_of", lambda node: "relu"
     )
-    found = redpass.lower(models.paths(), "triton")
+    found = redpass.lower(hot_models.paths(), "triton")
     outcomes = {action.key.partition(":")[0]: action.outcome for action in found.actions}
     assert outcomes["lower.gated_feed_forward"] == "rolled back"
     assert outcomes["lower.add_norm"] == "applied"
@@ -59,7 +59,7 @@ def test_a_rewrite_that_computes_something_else_is_rolled_back(
 
 
 def test_a_lowered_program_compiles_and_exports_as_one_graph() -> None:
-    program = redpass.lower(models.paths(), "triton").program
+    program = redpass.lower(hot_models.paths(), "triton").program
     values = list(random_inputs(program).values())
     compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
     for old, new in zip(program.module(*values), compiled(*values), strict=True):
@@ -67,28 +67,28 @@ def test_a_lowered_program_compiles_and_exports_as_one_graph() -> None:
 
 
 def test_on_a_cpu_the_references_run_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
-    program = redpass.lower(models.paths(), "triton").program
+    program = redpass.lower(hot_models.paths(), "triton").program
     program(**random_inputs(program))
     assert not [w for w in recwarn if issubclass(w.category, dispatch.KernelWarning)]
 
 
 def test_devices_that_the_graph_names_move_with_the_weights() -> None:
-    moved = on_device(models.llama(), "meta")
+    moved = on_device(hot_models.llama(), "meta")
     assert all(tensor.is_meta for tensor in moved.weights.values())
     named = [v for n in moved.graph.nodes for v in (*n.args, *n.kwargs.values())]
     devices = {str(value) for value in named if isinstance(value, torch.device)}
     assert devices == {"meta"}
-    values = random_inputs(models.llama())
+    values = random_inputs(hot_models.llama())
     found = moved(**{name: value.to("meta") for name, value in values.items()})
-    expected = models.llama()(**values)
+    expected = hot_models.llama()(**values)
     assert [tuple(v.shape) for v in found] == [tuple(v.shape) for v in expected]
-    assert not any(tensor.is_meta for tensor in models.llama().weights.values())
+    assert not any(tensor.is_meta for tensor in hot_models.llama().weights.values())
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "paths.pt2"
-    to_pt2(models.paths(), path)
+    to_pt2(hot_models.paths(), path)
     return path
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import models
+import hot_models
 import pytest
 import torch
 
@@ -117,7 +117,7 @@ def test_a_program_is_timed_at_each_of_its_places_once(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tuning_run, "tune", noted)
     monkeypatch.setattr(tuning_run, "materialised", lambda argument: argument)
-    assert tune_program(models.paths()) == []
+    assert tune_program(hot_models.paths()) == []
     assert len(asked) == len(set(asked))
     assert {shape.op for shape in asked} == {"add_norm", "gated_feed_forward", "low_rank_linear"}
     rows = [shape.sizes[0] * shape.sizes[1] for shape in asked if shape.op == "low_rank_linear"]
