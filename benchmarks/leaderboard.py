@@ -1,39 +1,40 @@
 """Quality of recipes at equal cost, against controls, on the trained models of the test bed.
 
-    python benchmarks/leaderboard.py --model minilm --recipes similar,random,magnitude --seeds 3
+    python benchmarks/leaderboard.py --model gpt2 --recipes "greedy on layers,random layers"
 
-A recipe takes a program down to a share of its cost (parameters, FLOPs or cache bytes a token).
-Each is run at several shares and seeds; a seed picks the calibration rows, and the choice where
-it is random. Facts come from the calibration split, figures from the reporting split. Written as a
-table (terminal, Markdown), as JSON and as a plot. A new pass adds one line to recipes.py.
+A recipe takes shares of the layers' cost (parameters, FLOPs or cache bytes a token) off a program,
+in whole layers. Each runs under several seeds; a seed picks half of the calibration rows, and the
+choice where it is random. Searches measure on these rows, figures come from the reporting rows.
+Written as a table (terminal, Markdown), as JSON with the curves of a run's report, and as a plot,
+anew after each seed. A new pass adds one line to recipes.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import redpass
 import testbed
-from benchmarks.recipes import CONTROLS, RECIPES, Budget
+from benchmarks.board import Board, Line, write
+from benchmarks.recipes import RECIPES, Task
+from redpass.analysis import structure
 from redpass.budget.accounting import cost_record, usual_sizes
-from redpass.data import Batches
+from redpass.data import Batches, Splits
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
+from redpass.passes.drop_branches import DropBranches
 from redpass.program import Program
 from redpass.verify.inputs import complete
 from redpass.verify.metrics import METRICS, Estimate, Originals, evaluate_all
@@ -61,6 +62,23 @@ SPECS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Budget:
+    """A cost, and which shares of that of all layers to save."""
+
+    cost: str
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result: share of each cost that is left, figures, and the seconds it took to make."""
+
+    costs: dict[str, float]
+    estimates: dict[str, Estimate]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Bench:
     """A model with the data it is judged on."""
 
@@ -76,33 +94,24 @@ class Bench:
         return self.originals.batches
 
 
-@dataclass(frozen=True)
-class Line:
-    """One recipe at one share: figures over seeds.
+def prepare(name: str, rows: int, batch: int, reporting: int) -> Bench:
+    """Loads a model of the test bed, traces it and completes its data.
 
-    Attributes:
-        costs: share of each cost that is left, mean over seeds.
-        values: metric -> (mean, standard deviation over seeds).
-        stderr: metric -> error of one run from the spread over rows, mean over seeds.
+    Args:
+        rows: of calibration data.
+        reporting: rows that figures are reported on.
     """
-
-    recipe: str
-    share: float
-    costs: dict[str, float]
-    values: dict[str, tuple[float, float]]
-    stderr: dict[str, float]
-    seconds: float
-
-
-def prepare(name: str, rows: int, batch: int) -> Bench:
-    """Loads a model of the test bed, traces it and completes its data."""
     model = testbed.load(name)
     program = redpass.load(model.module, **_example(name, model))
+    counts = {"calibration": rows, "choosing": batch, "reporting": reporting}
     parts = {
-        split: batches(program, model.splits[split].part(slice(rows)), batch)
-        for split in ("calibration", "reporting")
+        split: batches(program, model.splits[split].part(slice(count)), batch)
+        for split, count in counts.items()
     }
+    Splits(**parts)  # refuses rows that are in two of them
     metrics = MODEL_METRICS.get(name, TEXT_METRICS)
+    for metric in metrics:
+        METRICS[metric].check(program, parts["reporting"])
     originals = Originals(program, parts["reporting"])
     return Bench(name, program, parts["calibration"], originals, metrics)
 
@@ -127,47 +136,76 @@ def batches(program: Program, split: testbed.Split, size: int) -> Batches:
     return Batches(tuple(one(part) for part in split.batches(size)))
 
 
-def run(
-    bench: Bench, names: Sequence[str], budgets: Sequence[Budget], seeds: int
-) -> Iterator[Line]:
-    """Yields a line for each recipe and share."""
-    for budget in budgets:
+def run(bench: Bench, names: Sequence[str], budget: Budget, seeds: int) -> Iterator[list[Line]]:
+    """Runs recipes under several seeds; after each seed yields a line for each recipe and share."""
+    goals = targets(bench.program, budget)
+    runs: dict[str, list[list[Run]]] = {name: [] for name in names}
+    for seed in range(seeds):
+        task = task_of(bench, budget, tuple(goals.values()), seed)
         for name in names:
-            yield measure(bench, name, budget, seeds)
+            runs[name].append(one_run(bench, name, task))
+            print(f"seed {seed}, {name}: {runs[name][-1][0].seconds:.1f} s a result", flush=True)
+        yield [
+            line_of(name, share, [found[place] for found in runs[name]])
+            for place, share in enumerate(goals)
+            for name in names
+        ]
 
 
-def measure(bench: Bench, name: str, budget: Budget, seeds: int) -> Line:
-    """Runs one recipe at one share under several seeds."""
+def layers_cost(program: Program, cost: str) -> tuple[float, int]:
+    """Returns what all layers cost together, and how many layers there are."""
+    facts = Facts(program)
+    found = facts.get(structure)
+    passed = DropBranches(only=tuple(branch.label for branch in found.branches))
+    actions = passed.plan(program, facts).actions
+    return sum(action.saving[cost] for action in actions), len(found.layers)
+
+
+def targets(program: Program, budget: Budget) -> dict[float, float]:
+    """Returns share -> the amount to save: that many whole layers, at least one, so that methods
+    that drop layers and such that drop branches save the same.
+    """
+    whole, layers = layers_cost(program, budget.cost)
+    return {s: whole * max(1, round(s * layers)) / layers for s in sorted(budget.shares)}
+
+
+def task_of(bench: Bench, budget: Budget, goals: tuple[float, ...], seed: int) -> Task:
+    """Returns what recipes are asked under one seed, which picks half of the calibration rows."""
+    size = max(1, len(bench.calibration) // 2)
+    picked = sorted(random.Random(seed).sample(range(len(bench.calibration)), size))
+    data = Batches(tuple(bench.calibration[number] for number in picked))
+    whole, _ = layers_cost(bench.program, budget.cost)
+    return Task(bench.program, data, budget.cost, whole, goals, seed)
+
+
+def one_run(bench: Bench, name: str, task: Task) -> list[Run]:
+    """Returns what a recipe gives for each target of the task, on the reporting data."""
     started = time.perf_counter()
-    found = [one_run(bench, name, budget, seed) for seed in range(seeds)]
-    costs = {what: statistics.fmean(left[what] for left, _ in found) for what in found[0][0]}
+    programs = task.made(name)
+    seconds = (time.perf_counter() - started) / len(programs)
+    return [
+        Run(remaining(bench.program, program), judged(bench, program), seconds)
+        for program in programs
+    ]
+
+
+def judged(bench: Bench, program: Program) -> dict[str, Estimate]:
+    """Measures a program on the reporting data."""
+    metrics = [METRICS[metric] for metric in bench.metrics]
+    return evaluate_all(metrics, program, bench.program, bench.reporting, originals=bench.originals)
+
+
+def line_of(name: str, share: float, runs: Sequence[Run]) -> Line:
+    """Returns mean and spread over seeds."""
+    costs = {what: statistics.fmean(run.costs[what] for run in runs) for what in runs[0].costs}
     values, stderr = {}, {}
-    for metric in bench.metrics:
-        series = [estimates[metric] for _, estimates in found]
+    for metric in runs[0].estimates:
+        series = [run.estimates[metric] for run in runs]
         figures = [estimate.value for estimate in series]
         values[metric] = (statistics.fmean(figures), statistics.pstdev(figures))
         stderr[metric] = statistics.fmean(estimate.difference_stderr for estimate in series)
-    seconds = (time.perf_counter() - started) / seeds
-    return Line(name, budget[1], costs, values, stderr, seconds)
-
-
-def one_run(
-    bench: Bench, name: str, budget: Budget, seed: int
-) -> tuple[dict[str, float], dict[str, Estimate]]:
-    """Returns what is left of each cost, and the metrics on the reporting data."""
-    chosen = random.Random(seed).sample(range(len(bench.calibration)), half(bench.calibration))
-    calibration = Batches(tuple(bench.calibration[number] for number in chosen))
-    result = RECIPES[name](bench.program, Facts(bench.program, calibration), budget, seed)
-    metrics = [METRICS[metric] for metric in bench.metrics]
-    estimates = evaluate_all(
-        metrics, result, bench.program, bench.reporting, originals=bench.originals
-    )
-    return remaining(bench.program, result), estimates
-
-
-def half(data: Batches) -> int:
-    """Half of the batches, at least one: what one seed sees of the calibration data."""
-    return max(1, len(data) // 2)
+    seconds = statistics.fmean(run.seconds for run in runs)
+    return Line(name, share, costs, values, stderr, seconds)
 
 
 def remaining(before: Program, after: Program) -> dict[str, float]:
@@ -180,86 +218,20 @@ def remaining(before: Program, after: Program) -> dict[str, float]:
 
 def original_figures(bench: Bench) -> dict[str, float]:
     """Returns the original's own figures: the line to compare all others with."""
-    metrics = [METRICS[metric] for metric in bench.metrics]
-    found = evaluate_all(
-        metrics, bench.program, bench.program, bench.reporting, originals=bench.originals
+    return {name: estimate.value for name, estimate in judged(bench, bench.program).items()}
+
+
+def data_words(bench: Bench, seeds: int) -> str:
+    """Says on how many rows everything was measured."""
+    rows = {
+        what: sum(len(next(iter(batch.values()))) for batch in getattr(bench, what))
+        for what in ("calibration", "reporting")
+    }
+    return (
+        f"{rows['calibration']} calibration rows, of which each of {seeds} seeds picks half to "
+        f"choose by and to fit on; figures from {rows['reporting']} reporting rows, mean over "
+        "seeds ± their spread."
     )
-    return {name: estimate.value for name, estimate in found.items()}
-
-
-def cells(line: Line, metrics: Sequence[str]) -> list[str]:
-    """Returns a line's cells: recipe, what is left, figures with their spread over seeds."""
-    left = [f"{100 * share:.1f}" for share in line.costs.values()]
-    figures = [f"{mean:.4g} ± {spread:.2g}" for mean, spread in map(line.values.get, metrics)]
-    return [line.recipe, *left, *figures, f"{line.seconds:.1f}"]
-
-
-def header(bench: Bench, lines: Sequence[Line]) -> list[str]:
-    """Returns the columns' titles."""
-    left = [f"{what} %" for what in lines[0].costs]
-    figures = [f"{name} ({METRICS[name].better} is better)" for name in bench.metrics]
-    return ["recipe", *left, *figures, "s a run"]
-
-
-def rows_of(bench: Bench, original: Mapping[str, float], lines: Sequence[Line]) -> list[list[str]]:
-    """Returns all rows, the original first."""
-    whole = ["100.0" for _ in lines[0].costs]
-    first = ["original", *whole, *(f"{original[name]:.4g}" for name in bench.metrics), ""]
-    return [first, *(cells(line, bench.metrics) for line in lines)]
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    body = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in body) + "\n"
-
-
-def show(bench: Bench, titles: Sequence[str], rows: Sequence[Sequence[str]], what: str) -> None:
-    """Prints the table."""
-    table = Table(*titles, title=f"{bench.name}: quality at equal {what}")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def plot(
-    bench: Bench, original: Mapping[str, float], lines: Sequence[Line], what: str, path: Path
-) -> None:
-    """Draws the first metric over what is left of the cost, one curve a recipe."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metric = bench.metrics[0]
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name in dict.fromkeys(line.recipe for line in lines):
-        own = [line for line in lines if line.recipe == name]
-        left = [100.0] + [100 * line.costs[what] for line in own]
-        means = [original[metric]] + [line.values[metric][0] for line in own]
-        spread = [0.0] + [line.values[metric][1] for line in own]
-        style = "--" if name in CONTROLS else "-"
-        axes.errorbar(left, means, spread, label=name, linestyle=style, marker="o", capsize=3)
-    axes.set(xlabel=f"{what} left, %", ylabel=metric, title=bench.name)
-    axes.invert_xaxis()
-    axes.set_yscale("log" if metric == "perplexity" else "linear")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def write(bench: Bench, lines: Sequence[Line], what: str, folder: Path) -> None:
-    """Prints the table and writes `leaderboard-MODEL.{md,json,png}`."""
-    original = original_figures(bench)
-    titles, rows = header(bench, lines), rows_of(bench, original, lines)
-    show(bench, titles, rows, what)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"leaderboard-{bench.name}"
-    stem.with_suffix(".md").write_text(markdown(titles, rows))
-    record = {"original": original, "cost": what, "lines": [asdict(line) for line in lines]}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
-    plot(bench, original, lines, what, stem.with_suffix(".png"))
 
 
 def arguments() -> argparse.Namespace:
@@ -270,8 +242,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cost", default="parameters", choices=COSTS)
     parser.add_argument("--shares", default="0.1,0.2,0.3", help="shares of the cost to save")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=32, help="rows of each split")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16, help="calibration rows")
+    parser.add_argument("--reporting", type=int, default=32, help="reporting rows")
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -283,13 +256,13 @@ def main() -> None:
     for name in names:
         if name not in RECIPES:
             raise UsageError(f"unknown recipe '{name}'", hint=nearest(name, RECIPES))
-    bench = prepare(options.model, options.rows, options.batch)
-    budgets = [(options.cost, float(share)) for share in options.shares.split(",")]
-    lines = []
-    for line in run(bench, names, budgets, options.seeds):
-        print(f"{line.recipe} at {line.share:.0%} saved: {line.seconds:.1f} s a run", flush=True)
-        lines.append(line)
-    write(bench, lines, options.cost, options.out)
+    bench = prepare(options.model, options.rows, options.batch, options.reporting)
+    shares = tuple(float(share) for share in options.shares.split(","))
+    original = original_figures(bench)
+    budget = Budget(options.cost, shares)
+    for seed, lines in enumerate(run(bench, names, budget, options.seeds), 1):
+        words = data_words(bench, seed)
+        write(Board(bench.name, bench.metrics, options.cost, original, words, lines), options.out)
 
 
 if __name__ == "__main__":
