@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from redpass.analysis import structure
 from redpass.budget.accounting import cost_record
 from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses
 from redpass.budget.curves import Path
@@ -103,13 +102,6 @@ class Search:
     def held(self) -> frozenset[str]:
         """Keys of the candidates that did not go together with an accepted one."""
         return frozenset(candidate.action.key for candidate in self.trials.held)
-
-    @property
-    def dropped(self) -> frozenset[str]:
-        """Labels of the branches that went, alone or with their layers."""
-        left = self.trials.current.nodes
-        branches = self.facts.get(structure).branches
-        return frozenset(branch.label for branch in branches if branch.exit not in left)
 
     @property
     def curve(self) -> Curve:
