@@ -120,7 +120,7 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     write_data(options.model, data, options.rows)
     words = [
         "optimize", str(ROOT / "testbed/weights" / options.model), "--data", str(data),
-        "--passes", "drop_noops,drop_branches,drop_dead_nodes", "--budget", "kl<=0.2",
+        "--passes", "drop_noops,drop_branches,drop_dead_nodes", "--budget", "kl<=1",
         "--out", str(out), "--force", "--no-bench", "--quiet",
     ]  # fmt: skip
     whole = start(words, counts)

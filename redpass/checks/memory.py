@@ -7,9 +7,10 @@ on the address space is compared with what the work takes before any of them is 
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
-from redpass.errors import ResourceError
+from redpass.errors import DataError, ResourceError
 
 MIB = 1 << 20
 BASE = 2048 * MIB
@@ -38,13 +39,25 @@ def check(path: Path) -> None:
             file=path,
             hint=f"raise the limit (ulimit -v {need // 1024})",
         )
-    free = _free()
-    if free is not None and free < weights:
+    room = free()
+    if room is not None and room < weights:
         raise ResourceError(
-            f"needs at least {weights // MIB} MiB of memory, {free // MIB} MiB are free",
+            f"needs at least {weights // MIB} MiB of memory, {room // MIB} MiB are free",
             file=path,
             hint="use a machine with more memory",
         )
+
+
+def check_unpacked(path: Path) -> None:
+    """Refuses arrays that unpack to more than there is memory for. Raises `DataError`."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    room = free()
+    if room is not None and total > room:
+        found = f"unpacks to {total // MIB} MiB, {room // MIB} MiB are free"
+        raise DataError(found, file=path, hint="give fewer rows")
 
 
 def size(path: Path) -> int:
@@ -78,7 +91,8 @@ def _limit() -> int | None:
     return min(known, default=None)
 
 
-def _free() -> int | None:
+def free() -> int | None:
+    """Returns the bytes of memory that can be had, None where the system does not say."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redpass.checks import safetensors
+from redpass.checks import memory, safetensors
 from redpass.data import LABELS, Batches
 from redpass.errors import DataError, LoadError, RedpassError, UsageError
 from redpass.frontend import pickled
@@ -162,12 +162,14 @@ def read_rows(path: Path, *, tokenizer: Any = None, limit: int | None = None) ->
     except RedpassError as error:
         raise DataError(error.found, file=path, place=error.place, hint=error.hint) from error
     except Exception as error:
-        raise DataError(f"cannot be read: {error}", file=path) from error
+        hint = "write the file again"
+        raise DataError(f"cannot be read: {error}", file=path, hint=hint) from error
     lengths = {name: len(value) if value.dim() else 0 for name, value in table.items()}
     if not table or not all(lengths.values()):
         raise DataError("no rows", file=path, hint="give at least one row of data")
     if len(set(lengths.values())) > 1:
-        raise DataError(f"columns of different lengths: {lengths}", file=path)
+        hint = "one row of every input belongs together"
+        raise DataError(f"columns of different lengths: {lengths}", file=path, hint=hint)
     return {name: value[:limit] for name, value in table.items()}
 
 
@@ -180,6 +182,7 @@ def _check_file(path: Path) -> None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npz":
+        memory.check_unpacked(path)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
     if path.suffix == ".safetensors":
@@ -207,7 +210,8 @@ def read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
                 if line.strip() and (limit is None or len(rows) < limit):
                     rows.append(_row(line, number, path))
     except UnicodeDecodeError as error:
-        raise DataError(f"no UTF-8 text: {error.reason}", file=path) from error
+        hint = "save it as UTF-8"
+        raise DataError(f"no UTF-8 text: {error.reason}", file=path, hint=hint) from error
     if not rows:
         raise DataError("no rows: only empty lines", file=path, hint="give at least one row")
     return rows
@@ -219,9 +223,13 @@ def _row(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", file=path, place=f"line {number}") from error
+        hint = "one JSON object a line"
+        raise DataError(
+            f"not JSON: {error}", file=path, place=f"line {number}", hint=hint
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DataError("no 'text'", file=path, place=f"line {number}")
+        hint = 'each line is an object with "text"'
+        raise DataError("no 'text'", file=path, place=f"line {number}", hint=hint)
     return row
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +117,30 @@ def test_a_missed_budget_leaves_no_journal(run: Run, files: Files, meter: Meter)
     assert found.code == 7
     assert meter.done
     assert hidden(files) == []
+
+
+def _run_in_a_fork(call, *words: object) -> int:
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(call(*words).code)
+        finally:
+            os._exit(99)
+    return child
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed(optimize, files: Files, kills: int) -> None:
+    started = time.monotonic()
+    assert optimize().code == 0
+    expected, seconds = result(files.out), time.monotonic() - started
+    chance = random.Random(3)
+    for _ in range(kills):
+        child = _run_in_a_fork(optimize, "--force")
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert result(files.out) == expected, "the old one or the new one, whole"
+        assert optimize("--force", "--resume").code == 0
+        assert result(files.out) == expected
+        assert hidden(files) == []

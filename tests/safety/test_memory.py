@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from redpass.checks import memory
-from redpass.errors import ResourceError
+from redpass.errors import DataError, ResourceError
 
 MIB = 1 << 20
 
@@ -51,7 +51,7 @@ def test_the_need_grows_with_the_weights(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_weights_larger_than_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_free", lambda: 3 * MIB)
+    monkeypatch.setattr(memory, "free", lambda: 3 * MIB)
     (tmp_path / "model.safetensors").write_bytes(b"x" * (4 * MIB))
     with pytest.raises(ResourceError, match="needs at least 4 MiB of memory, 3 MiB are free"):
         memory.check(tmp_path)
@@ -67,6 +67,20 @@ def test_words_of_libraries_are_understood(error: Exception) -> None:
     assert told is not None
     assert (": 3 MiB more were needed" in told.found) == ("2097152" in str(error))
     assert told.hint
+
+
+def test_arrays_that_unpack_to_more_than_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from redpass.frontend import batches
+
+    np.savez_compressed(tmp_path / "rows.npz", x=np.zeros((4, 1 << 19), np.float32))
+    assert batches.read_rows(tmp_path / "rows.npz", limit=1)["x"].shape == (1, 1 << 19)
+    monkeypatch.setattr(memory, "free", lambda: 7 * MIB)
+    with pytest.raises(DataError, match="unpacks to 8 MiB, 7 MiB are free"):
+        batches.read_rows(tmp_path / "rows.npz", limit=1)
 
 
 def test_other_errors_are_not_about_memory() -> None:
