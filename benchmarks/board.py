@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def show(board: Board) -> None:
     table = Table(*board.titles(), title=f"{board.name}: quality at equal {board.what}")
     for row in board.rows():
         table.add_row(*row)
-    Console().print(table)
+    # In a file there is no window to fit in, and a table that is cut says nothing.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def plot(board: Board, path: Path) -> None:

@@ -14,10 +14,14 @@ import torch
 import redpass
 from redpass import rewrite
 from redpass.analysis import structure
+from redpass.data import Batches
 from redpass.errors import ExportError
 from redpass.export import to_huggingface
 from redpass.export.layouts import fit, shorter_lists
 from redpass.facts import Facts
+from redpass.lineage import extend
+from redpass.passes.drop_layers import DropLayers
+from redpass.passes.refit_projections import RefitProjections
 from redpass.plan import Action, DropState, Replace, SetArgument, SetWeight, WeightRef
 from redpass.program import Lineage, Program
 from redpass.runtime.causal_lm import CausalLM
@@ -158,6 +162,30 @@ def test_a_shared_layer_is_written_once_for_each_place(load: Load, tmp_path: Pat
     pairs = [(n, n.replace(".2.", ".1.", 1)) for n in parameters if ".2." in n]
     assert len(pairs) > 10
     assert all(torch.equal(parameters[one], parameters[other]) for one, other in pairs)
+
+
+def test_refitted_projections_of_a_shorter_model_are_written(load: Load, tmp_path: Path) -> None:
+    program = load("vit")
+    generator = torch.Generator().manual_seed(0)
+    data = Batches(
+        tuple({"pixel_values": torch.randn(8, 1, 16, 16, generator=generator)} for _ in range(8))
+    )
+    drop = DropLayers(only=("layers.1",)).plan(program, Facts(program)).actions
+    short = rewrite.apply(program, drop)
+    short = replace(short, lineage=extend(program, program, drop))
+    refit = RefitProjections().plan(short, Facts(short, data)).actions
+    assert refit
+    again = rewrite.apply(short, refit)
+    to_huggingface(replace(again, lineage=extend(short, program, refit)), tmp_path / "hf")
+    model, old = opened(tmp_path / "hf", "vit"), opened(Path(program.origin.path), "vit")
+    assert model.config.num_hidden_layers == 2
+    changed_now = [
+        name
+        for name, value in model.named_parameters()
+        if not torch.equal(value, old.get_parameter(name.replace(".1.", ".2.", 1)))
+    ]
+    assert changed_now
+    assert all(name.split(".")[-2] in ("o_proj", "fc2", "dense") for name in changed_now)
 
 
 def test_what_lies_beside_the_weights_is_copied_and_code_is_not(load: Load, tmp_path: Path) -> None:
