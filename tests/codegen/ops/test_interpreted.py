@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton")
+
 FOLDER = Path(__file__).parent / "interpreted"
+FILES = sorted(str(path) for path in FOLDER.glob("test_*.py"))
+ATTENTION = [path for path in FILES if "clustered" in path]
+"""About as long as all others together."""
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_in_the_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+@pytest.mark.parametrize("files", [ATTENTION, [path for path in FILES if path not in ATTENTION]])
+def test_kernels_in_the_interpreter(files: list[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

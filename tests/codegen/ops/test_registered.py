@@ -66,6 +66,7 @@ def test_compile_without_a_break(label) -> None:
     torch.testing.assert_close(compiled(*tensors), module(*tensors))
 
 
+@pytest.mark.slow
 def test_inductor_calls_the_op_in_the_middle_of_a_graph() -> None:
     name, arguments = CASES["add_norm rms"]
 

@@ -17,7 +17,7 @@ def operands(random, count, groups, heads, queries, keys, width, wide=None, dtyp
     return [random(1, *size, dtype=dtype) for size in sizes]
 
 
-FORMS = [config(1), config(4), config(2, packed=1), config(8, 3, packed=1)]
+FORMS = [config(1), config(4), config(2, 2, packed=1)]
 TWO = [config(2), config(4, 2, packed=1)]
 
 
@@ -62,7 +62,7 @@ def test_odd_sizes(form, queries, keys, width, wide, check, random) -> None:
 
 
 @pytest.mark.parametrize("form", TWO, ids=str)
-@pytest.mark.parametrize("offset", [-7, 0, 3, 100])
+@pytest.mark.parametrize("offset", [-7, 0, 100])
 def test_causal_offsets(form, offset, check, random) -> None:
     """With an offset below zero the first queries see no key and give zeros."""
     q, k, v = operands(random, 2, 2, 4, 9, 33, 16)
