@@ -16,8 +16,8 @@ from torch import Tensor
 from redpass.codegen.ops.add_norm.reference import add_norm
 from redpass.codegen.ops.op import Arguments, Config, Op, random_like
 
-WIDEST = 32768
-"""Columns that one program holds in registers without spilling, at 32 warps."""
+WIDEST = 16384
+"""Columns that one program holds in registers without spilling, at 16 warps."""
 
 TILE = 4096
 """Elements of one program, at least: narrow rows are taken several at a time."""
