@@ -120,23 +120,35 @@ def plot(board: Board, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for curve in board.curves():
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    colours = pyplot.get_cmap("tab20")
+    for number, curve in enumerate(board.curves()):
         left = [100 * (1 - point.removed) for point in curve.points]
         means = [point.quality for point in curve.points]
         spread = [point.stderr for point in curve.points]
         style = "--" if curve.method in CONTROLS else "-"
         axes.errorbar(
-            left, means, spread, label=curve.method, linestyle=style, marker="o", capsize=3
-        )
+            left, means, spread, label=curve.method, linestyle=style, marker="o", capsize=3,
+            color=colours(number % 20),
+        )  # fmt: skip
     metric = board.metrics[0]
     axes.set(xlabel=f"{board.what} left, %", ylabel=metric, title=board.name)
     axes.invert_xaxis()
     axes.set_yscale("log" if metric == "perplexity" else "linear")
-    axes.legend(fontsize="small")
+    axes.set_ylim(*_window(board))
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _window(board: Board) -> tuple[float, float]:
+    """The range of what is no control: controls may be a hundred times worse, and run out of it."""
+    curves = [curve for curve in board.curves() if curve.method not in CONTROLS]
+    values = [point.quality for curve in curves or board.curves() for point in curve.points]
+    low, high = min(values), max(values)
+    edge = 0.1 * (high - low) or 0.1
+    return low - edge, high + edge
 
 
 def write(board: Board, folder: Path) -> None:
