@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bench = prepare(options.model, options.rows, 4)
+    bench = prepare(options.model, options.rows, 4, reporting=16)
     times, work = [], []
     for number in range(options.rounds):
         ours = quick(bench, options.share)

@@ -130,7 +130,7 @@ class _Draft:
 
     def _DropTerm(self, edit: DropTerm) -> None:
         join, term = self.nodes[edit.join], self._find(edit.term)
-        places = [place for place, operand in enumerate(join.args) if operand is term]
+        places = [p for p, operand in enumerate(join.args) if _behind_no_ops(operand) is term]
         if not ops.is_call(join, "add") or len(places) != 1:
             raise PassError(f"'{edit.term}' is no single term of the sum", place=edit.join)
         self.without.setdefault(join, set()).add(places[0])
@@ -287,3 +287,14 @@ def drop_dead(graph: fx.Graph) -> int:
             graph.erase_node(node)
             count += 1
     return count
+
+
+def _behind_no_ops(value: Any) -> Any:
+    """The value that an operand only copies."""
+    while (
+        isinstance(value, fx.Node)
+        and ops.is_call(value, *ops.COPIES, *ops.CASTS, *ops.DROPOUTS)
+        and value.meta["val"].dtype == value.args[0].meta["val"].dtype
+    ):
+        value = value.args[0]
+    return value

@@ -126,6 +126,19 @@ def test_terms_of_one_sum_are_dropped_in_any_order(parallel, order):
     assert len(after.weights) == 2 + 2 * len(left)
 
 
+def test_a_term_is_found_behind_what_changes_nothing():
+    class Dropped(Two):
+        def forward(self, x):
+            return torch.relu(self.a(x)) + nn.functional.dropout(self.b(x), 0.1, self.training)
+
+    program = redpass.load(
+        Dropped().eval(), example={"x": torch.randn(2, 4)}, inputs=["x:float32[n,4]"]
+    )
+    assert "dropout" in program.nodes
+    after = rewrite.apply(program, [act(DropTerm("add", "linear_1"))])
+    assert set(after.weights) == {"a.weight", "a.bias"}
+
+
 def test_a_term_that_is_not_in_the_sum_is_refused(two):
     with pytest.raises(PassError, match="no single term of the sum"):
         rewrite.apply(two, [act(DropTerm("add", "linear"))])
