@@ -291,10 +291,6 @@ def drop_dead(graph: fx.Graph) -> int:
 
 def _behind_no_ops(value: Any) -> Any:
     """The value that an operand only copies."""
-    while (
-        isinstance(value, fx.Node)
-        and ops.is_call(value, *ops.COPIES, *ops.CASTS, *ops.DROPOUTS)
-        and value.meta["val"].dtype == value.args[0].meta["val"].dtype
-    ):
+    while isinstance(value, fx.Node) and ops.is_call(value, *ops.COPIES, *ops.DROPOUTS):
         value = value.args[0]
     return value
