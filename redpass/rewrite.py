@@ -130,7 +130,8 @@ class _Draft:
 
     def _DropTerm(self, edit: DropTerm) -> None:
         join, term = self.nodes[edit.join], self._find(edit.term)
-        places = [p for p, operand in enumerate(join.args) if _behind_no_ops(operand) is term]
+        value = _behind_no_ops(term)
+        places = [p for p, other in enumerate(join.args) if _behind_no_ops(other) is value]
         if not ops.is_call(join, "add") or len(places) != 1:
             raise PassError(f"'{edit.term}' is no single term of the sum", place=edit.join)
         self.without.setdefault(join, set()).add(places[0])
