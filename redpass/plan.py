@@ -80,6 +80,20 @@ class SetArgument:
 
 
 @dataclass(frozen=True)
+class SetCall:
+    """Gives a node other arguments and keeps its operation and its readers.
+
+    Arguments as in `Insert`. Sizes may change: all fake values behind it are computed again once
+    all edits are done, so a chain of views is resized by one such edit for each view that names a
+    size.
+    """
+
+    node: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SetWeight:
     """Adds a weight under a name that is not taken. `source` says what it was made from."""
 
@@ -94,6 +108,16 @@ class DropState:
 
     input: str
     output: str
+
+
+@dataclass(frozen=True)
+class ResizeState:
+    """Gives a state pair (a layer's cache entry) another constant size on one axis."""
+
+    input: str
+    output: str
+    axis: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,18 @@ class Erase:
     node: str
 
 
-Edit = Insert | Replace | SetArgument | SetWeight | DropState | DropTerm | Bypass | Erase
+Edit = (
+    Insert
+    | Replace
+    | SetArgument
+    | SetCall
+    | SetWeight
+    | DropState
+    | ResizeState
+    | DropTerm
+    | Bypass
+    | Erase
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +180,8 @@ class Action:
         saving: predicted change per cost name (`parameters`, `flops`, `bytes`,
             `kv_bytes_per_token`); positive is saved.
         loss: predicted loss of quality, comparable between actions of one run, None for exact.
+        place: what actions with the same place are rivals about: rungs of one ladder, as the
+            widths that a layer may be cut to. At most one of them is taken. "" for none.
     """
 
     rule: str
@@ -154,6 +191,7 @@ class Action:
     evidence: Mapping[str, float] = field(default_factory=dict)
     saving: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
+    place: str = ""
 
     @property
     def key(self) -> str:

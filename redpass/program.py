@@ -15,7 +15,7 @@ Programs are values: a rewrite makes a new one and shares the weights by referen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -66,6 +66,16 @@ class Signature:
     def output(self, name: str) -> Port:
         """Returns the output port called `name`. Raises KeyError."""
         return {port.name: port for port in self.outputs}[name]
+
+    def resized(self, names: Collection[str], axis: int, size: int) -> Signature:
+        """Returns the signature with another constant size on one axis of the named ports."""
+
+        def of(port: Port) -> Port:
+            shape = tuple(size if place == axis else old for place, old in enumerate(port.shape))
+            return replace(port, shape=shape) if port.name in names else port
+
+        inputs, outputs = tuple(map(of, self.inputs)), tuple(map(of, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)

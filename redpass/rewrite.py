@@ -6,18 +6,15 @@ dead, and returns a new `Program`. The program it was given is untouched; weight
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redpass import ops
 from redpass.errors import PassError
+from redpass.fake import Sizes, fake_mode, fake_tensor, is_same_size
 from redpass.plan import (
     Action,
     Bypass,
@@ -29,7 +26,9 @@ from redpass.plan import (
     Literal,
     Ref,
     Replace,
+    ResizeState,
     SetArgument,
+    SetCall,
     SetWeight,
     WeightRef,
 )
@@ -80,6 +79,7 @@ class _Draft:
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.inputs = dict(zip([p.name for p in self.signature.inputs], inputs, strict=True))
         self.mode = fake_mode(self.program)
+        self.sizes = Sizes(self.mode)
 
     def do(self, edit: Edit, action: Action) -> None:
         """Does one edit; a failure names the action."""
@@ -96,6 +96,7 @@ class _Draft:
             drop_dead(self.graph)  # a sum that nobody reads any more needs no operand
             shorten_sums(self.graph, self.without)
         drop_dead(self.graph)
+        self.sizes.propagate(self.graph)
         kept = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         weights = {name: tensor for name, tensor in self.weights.items() if name in kept}
         return replace(self.program, graph=self.graph, weights=weights, signature=self.signature)
@@ -115,7 +116,7 @@ class _Draft:
             node = self.graph.create_node("call_function", edit.target, args, kwargs, edit.name)
         near = self.nodes[edit.before].meta
         node.meta = {k: near[k] for k in ("nn_module_stack", "stack_trace") if k in near}
-        node.meta["val"] = fake_call(self.mode, node)
+        self.sizes.give(node)
         self.nodes[edit.name] = node
         self.inserted.add(node)
 
@@ -163,8 +164,16 @@ class _Draft:
         self.graph.erase_node(node)
 
     def _SetArgument(self, edit: SetArgument) -> None:
+        node, old, new = self.nodes[edit.node], self._find(edit.old), self._operand(edit.new)
+        node.replace_input_with(old, new)
+        if not is_same_size(old.meta.get("val"), new.meta.get("val")):
+            self.sizes.changed.add(node)
+
+    def _SetCall(self, edit: SetCall) -> None:
         node = self.nodes[edit.node]
-        node.replace_input_with(self._find(edit.old), self._operand(edit.new))
+        node.args = fx.node.map_aggregate(edit.args, self._resolve)
+        node.kwargs = fx.node.map_aggregate(dict(edit.kwargs), self._resolve)
+        self.sizes.changed.add(node)
 
     def _SetWeight(self, edit: SetWeight) -> None:
         if edit.name in self.weights:
@@ -186,6 +195,10 @@ class _Draft:
         )
         self.inputs[edit.input].meta["dropped"] = True
 
+    def _ResizeState(self, edit: ResizeState) -> None:
+        self.sizes.resize(self.inputs[edit.input], edit.axis, edit.size)
+        self.signature = self.signature.resized({edit.input, edit.output}, edit.axis, edit.size)
+
     def _operand(self, new: str | WeightRef) -> fx.Node:
         return self._read(new.name) if isinstance(new, WeightRef) else self._find(new)
 
@@ -204,41 +217,6 @@ class _Draft:
             node.meta["val"] = fake_tensor(self.mode, self.weights[name])
             self.readers[name] = node
         return self.readers[name]
-
-
-def fake_mode(program: Program) -> FakeTensorMode:
-    """Returns the mode the program's fake values belong to."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """Returns a fake tensor with the shape, dtype and strides of `tensor`, on the CPU."""
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-
-
-def fake_call(
-    mode: FakeTensorMode, node: fx.Node, instead: Mapping[fx.Node, Any] | None = None
-) -> Any:
-    """Returns what calling `node` gives on fake values. Raises whatever the op raises.
-
-    Args:
-        instead: values to take in place of the ones the operands carry.
-    """
-    known = instead or {}
-    args = fx.node.map_arg(node.args, lambda n: known[n] if n in known else n.meta["val"])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n] if n in known else n.meta["val"])
-    # A few kernels refuse symbolic sizes; their decompositions take them. For the one that is
-    # known to, nothing else is tried: torch logs the failure at length.
-    if not ops.is_call(node, "baddbmm"):
-        with contextlib.suppress(RuntimeError), mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-    with enable_python_dispatcher(), mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def set_literal(old: fx.Node, value: float) -> None:

@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
     {"checks"},
-    {"text", "program", "ops", "data", "plan", "partial", "state", "stored"},
+    {"text", "program", "ops", "data", "plan", "partial", "state", "stored", "fake"},
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import redpass
 from redpass import rewrite
 from redpass.errors import PassError
-from redpass.plan import Action, DropTerm, Insert, Ref, Replace, SetArgument, SetWeight, WeightRef
+from redpass.plan import (
+    Action,
+    DropTerm,
+    Insert,
+    Ref,
+    Replace,
+    ResizeState,
+    SetArgument,
+    SetCall,
+    SetWeight,
+    WeightRef,
+)
+from redpass.verify.rules import check_rules
 
 
 class Two(nn.Module):
@@ -148,3 +162,82 @@ def test_a_sum_that_nothing_is_left_of_is_refused(two):
     edits = (DropTerm("add", "relu"), DropTerm("add", "linear_1"))
     with pytest.raises(PassError, match="output: nothing is left"):
         rewrite.apply(two, [act(*edits)])
+
+
+class Cached(nn.Module):
+    """Two heads of three channels over a cache, then an output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(4, 6, bias=False)
+        self.outside = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x, past):
+        new = self.inside(x).view(x.shape[0], x.shape[1], 2, 3).transpose(1, 2)
+        whole = torch.cat([past, new], dim=2)
+        return self.outside(whole.transpose(1, 2).reshape(x.shape[0], -1, 6)), whole
+
+
+@pytest.fixture(scope="module")
+def cached():
+    torch.manual_seed(0)
+    example = {"x": torch.randn(2, 5, 4), "past": torch.randn(2, 2, 7, 3)}
+    inputs = ["x:float32[batch,seq,4]", "past:float32[batch,2,past,3]"]
+    program = redpass.load(Cached().eval(), example=example, inputs=inputs)
+    state = (("past", program.signature.outputs[1].name),)
+    return replace(program, signature=replace(program.signature, state=state))
+
+
+def first_head(program):
+    """The edits that leave the first of the two heads, cache and all."""
+    (_, output), reader = program.signature.state[0], {}
+    for node in program.graph.nodes:
+        reader.setdefault(node.name.rpartition("_")[0] or node.name, node)
+    views = [n for n in program.graph.nodes if "view" in n.name or "reshape" in n.name]
+    split, merge = views
+    lead = [Ref(a.name) if isinstance(a, fx.Node) else a for a in split.args[1][:2]]
+    rest = [Ref(a.name) if isinstance(a, fx.Node) else a for a in merge.args[1][:-1]]
+    weights = {str(n.target): n for n in program.weight_nodes}
+    inside, outside = weights["inside.weight"], weights["outside.weight"]
+    return (
+        SetWeight("inside_kept", program.weights["inside.weight"][:3]),
+        SetWeight("outside_kept", program.weights["outside.weight"][:, :3].contiguous()),
+        SetArgument(next(iter(inside.users)).name, inside.name, WeightRef("inside_kept")),
+        SetArgument(next(iter(outside.users)).name, outside.name, WeightRef("outside_kept")),
+        SetCall(split.name, (Ref(split.args[0].name), [*lead, 1, 3])),
+        SetCall(merge.name, (Ref(merge.args[0].name), [*rest, 3])),
+        ResizeState("past", output, 1, 1),
+    )
+
+
+def test_heads_are_cut_in_place_and_sizes_follow(cached):
+    after = rewrite.apply(cached, [act(*first_head(cached))])
+    check_rules(after, paranoid=True)
+    assert after.signature.input("past").shape[1] == 1
+    assert after.signature.outputs[1].shape[1] == 1
+    assert cached.signature.input("past").shape[1] == 2  # the one it came from is as it was
+    x, past = torch.randn(2, 3, 4), torch.randn(2, 2, 6, 3)
+    zeroed = cached.weights["outside.weight"].clone()
+    zeroed[:, 3:] = 0
+    control = replace(cached, weights={**cached.weights, "outside.weight": zeroed})
+    wanted, got = control(x, past), after(x, past[:, :1])
+    torch.testing.assert_close(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1][:, :1])
+
+
+def test_sizes_that_do_not_fit_are_refused_at_the_node(cached):
+    edits = [edit for edit in first_head(cached) if not isinstance(edit, ResizeState)]
+    with pytest.raises(PassError, match="the new sizes do not fit") as caught:
+        rewrite.apply(cached, [act(*edits)])
+    assert caught.value.place == "cat"
+
+
+def test_a_node_inserted_while_sizes_change_gets_its_value_at_the_end(cached):
+    view = next(n for n in cached.graph.nodes if "view" in n.name)
+    reader = next(iter(view.users))
+    turned = Insert("turned", torch.ops.aten.neg.default, (Ref(view.name),), reader.name)
+    after = rewrite.apply(
+        cached, [act(*first_head(cached), turned, SetArgument(reader.name, view.name, "turned"))]
+    )
+    check_rules(after, paranoid=True)
+    assert after.nodes["turned"].meta["val"].shape[2] == 1

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redpass import ops
 from redpass.facts import Facts
+from redpass.fake import fake_call
 from redpass.plan import Insert, Ref, SetWeight, WeightRef
 from redpass.program import Program
-from redpass.rewrite import fake_call
 
 aten = torch.ops.aten
 

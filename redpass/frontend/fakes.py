@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from redpass.errors import TraceError
+from redpass.fake import fake_call, fake_tensor
 from redpass.frontend.dims import Dims, evaluate, is_fixed
 from redpass.frontend.normalise import Core
 from redpass.program import Port, Signature, output_node
-from redpass.rewrite import fake_call, fake_tensor
 
 
 def propagate(core: Core, dims: Dims, outputs: tuple[str, ...], notes: list[str]) -> Signature:

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redpass import ops
 from redpass.facts import Facts
+from redpass.fake import fake_mode
 from redpass.plan import Action, Erase, Exactness, Plan, Replace, Skip
 from redpass.program import Program
-from redpass.rewrite import fake_mode
 
 CHECK = "drop_noops.check"
 Found = fx.Node | str | None

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from redpass.analysis.linears import Linear, Linears, can_view, linears, new_name
 from redpass.facts import Facts
+from redpass.fake import fake_mode
 from redpass.plan import Action, Edit, Exactness, Insert, Plan, Ref, Replace, SetWeight, Skip
 from redpass.program import Program
-from redpass.rewrite import fake_mode
 
 aten = torch.ops.aten
 RULE = "merge_linears.same_input"

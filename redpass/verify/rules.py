@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from redpass.config import from_environment
 from redpass.errors import RedpassError, VerifyError, clean
+from redpass.fake import fake_call, fake_mode
 from redpass.ops import SIZE_FUNCTIONS
 from redpass.program import Port, Program
-from redpass.rewrite import fake_call, fake_mode
 from redpass.verify.sizes import Names, describe
 
 NEIGHBOURS = 3

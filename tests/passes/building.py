@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from redpass.fake import fake_call, fake_tensor
 from redpass.frontend import fakes
 from redpass.frontend.dims import evaluate
 from redpass.program import Origin, Port, Program, Signature
-from redpass.rewrite import fake_call, fake_tensor
 
 aten = torch.ops.aten
 SIZES = {"batch": 3, "seq": 11, "past": 5, "width": 13}

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from redpass.analysis.flow import concrete
 from redpass.analysis.structure import Structure
+from redpass.fake import fake_mode, fake_tensor
 from redpass.plan import Insert, Ref, SetWeight, Skip, WeightRef
 from redpass.program import Program
-from redpass.rewrite import fake_mode, fake_tensor
 
 
 @dataclass(frozen=True)

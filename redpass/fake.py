@@ -1,0 +1,123 @@
+"""Fake values: what every node carries in place of numbers, and what changes when sizes do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from redpass import ops
+from redpass.errors import PassError
+from redpass.program import Program
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """Returns the mode the program's fake values belong to."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """Returns a fake tensor with the shape, dtype and strides of `tensor`, on the CPU."""
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def fake_call(
+    mode: FakeTensorMode, node: fx.Node, instead: Mapping[fx.Node, Any] | None = None
+) -> Any:
+    """Returns what calling `node` gives on fake values. Raises whatever the op raises.
+
+    Args:
+        instead: values to take in place of the ones the operands carry.
+    """
+    known = instead or {}
+    args = fx.node.map_arg(node.args, lambda n: known[n] if n in known else n.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n] if n in known else n.meta["val"])
+    # A few kernels refuse symbolic sizes; their decompositions take them. For the one that is
+    # known to, nothing else is tried: torch logs the failure at length.
+    if not ops.is_call(node, "baddbmm"):
+        with contextlib.suppress(RuntimeError), mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    with enable_python_dispatcher(), mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def is_same_size(left: Any, right: Any) -> bool:
+    """Whether two fake values have the same form: dtype and sizes, symbols compared by name."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and list(map(str, left.shape)) == list(
+            map(str, right.shape)
+        )
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(map(is_same_size, left, right))
+    return type(left) is type(right) and str(left) == str(right)
+
+
+@dataclass
+class Sizes:
+    """Keeps the fake values of a graph true while nodes are given new arguments.
+
+    Attributes:
+        changed: nodes whose own call, or whose size, is another one than before.
+    """
+
+    mode: FakeTensorMode
+    changed: set[fx.Node] = field(default_factory=set)
+
+    def give(self, node: fx.Node) -> None:
+        """Gives a new node its value.
+
+        While sizes are changing its operands' values may be old ones: what fails now is computed
+        by `propagate`.
+        """
+        try:
+            node.meta["val"] = fake_call(self.mode, node)
+        except Exception:
+            if not self.changed:
+                raise
+            self.changed.add(node)
+
+    def resize(self, source: fx.Node, axis: int, size: int) -> None:
+        """Gives an input another size on one axis."""
+        old = source.meta["val"]
+        shape = [*old.shape]
+        shape[axis] = size
+        with self.mode:
+            source.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+        self.changed.add(source)
+
+    def propagate(self, graph: fx.Graph) -> None:
+        """Computes the values again behind every change, as far as sizes differ.
+
+        Raises:
+            PassError: a node that does not take its operands' sizes; it is named.
+        """
+        if not self.changed:
+            return
+        moved: set[fx.Node] = set()
+        for node in graph.nodes:
+            is_read = any(operand in moved for operand in node.all_input_nodes)
+            if node.op == "call_function" and (node in self.changed or is_read):
+                old = node.meta.get("val")
+                node.meta = {**node.meta, "val": self._call(node)}
+                if not is_same_size(old, node.meta["val"]):
+                    moved.add(node)
+            elif node in self.changed:
+                moved.add(node)
+
+    def _call(self, node: fx.Node) -> Any:
+        try:
+            return fake_call(self.mode, node)
+        except Exception as error:
+            found = str(error).partition("\n")[0]
+            raise PassError(f"the new sizes do not fit: {found}", place=node.name) from error
