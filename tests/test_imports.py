@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
     {"checks"},
-    {"text", "program", "ops", "data", "plan", "partial", "state", "stored", "fake"},
+    {"text", "program", "ops", "data", "plan", "partial", "state", "stored", "fake", "cuts"},
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {
@@ -29,6 +29,7 @@ LAYERS = (
         "budget",
         "summary",
         "pipeline",
+        "trial",
         "frontend",
         "export",
         "runtime",

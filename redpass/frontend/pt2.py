@@ -3,7 +3,7 @@
 `redpass.checks.pt2` reads the archive without running anything and copies what passed to memory.
 What is left to fear is PyTorch's own reader: a crash, a loop or endless memory on JSON that is
 well-formed and hostile. So the same bytes are first read in a child with limits on memory and
-processor time (`redpass.frontend.trial`). All that comes back is whether it ended well and, if
+processor time (`redpass.trial`). All that comes back is whether it ended well and, if
 not, a line of text: no object of the child is ever unpickled. When it ended well, this process
 reads the very bytes it had sent, which nobody else can reach, to get the `ExportedProgram`.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
+from redpass import trial
 from redpass.checks import pt2 as checks
-from redpass.frontend import trial
 from redpass.stored import Stored, from_text
 
 

@@ -107,7 +107,7 @@ def test_private_keys_and_code_of_a_folder_do_nothing(good: crafted.Good, tmp_pa
 def test_trust_lets_a_pt2_be_read_without_checks(
     good: crafted.Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from redpass.frontend import trial
+    from redpass import trial
 
     path = crafted.rezip(good.pt2, tmp_path / "m.pt2", lambda _, d: d, {"good/extra/note": b"x"})
     with pytest.raises(LoadError, match="no plain export"):
@@ -129,11 +129,11 @@ def test_whatever_the_child_does_ends_with_it(
     name: str, good: crafted.Good, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that makes PyTorch's reader misbehave, played by a reader that does."""
-    from redpass.frontend import trial
+    from redpass import trial
 
     code = (
         "import sys; sys.path[:] = {path!r}\n"
-        "import torch.export\nfrom redpass.frontend import trial\n"
+        "import torch.export\nfrom redpass import trial\n"
         "trial.SECONDS, trial.MEMORY = 1, 1 << 28\n"
         f"torch.export.load = lambda _: exec({HOSTILE[name]!r})\ntrial.serve()"
     )
@@ -151,7 +151,7 @@ def test_whatever_the_child_does_ends_with_it(
 
 
 def test_a_helper_that_died_is_replaced(good: crafted.Good) -> None:
-    from redpass.frontend import trial
+    from redpass import trial
 
     load(good.pt2)
     helper = trial._Helper._current

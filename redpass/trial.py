@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -36,7 +37,10 @@ PATIENCE = 120
 """Seconds of waiting beyond ten times the processor time: for a machine that is busy."""
 
 MAX_ANSWER = 4096
-_CODE = "import sys; sys.path[:] = {path!r}; from redpass.frontend import trial; trial.serve()"
+_CODE = "import sys; sys.path[:] = {path!r}; from redpass import trial; trial.serve()"
+_NEEDED = ("torch.export.pt2_archive._package", "torch.export._trace", "sympy.tensor.tensor")
+"""What `torch.export.load` imports when it runs: loaded once here, not by every worker."""
+
 _LOCK = threading.Lock()
 _HEAD = struct.Struct(">Q")
 
@@ -128,11 +132,20 @@ class _Helper:
 atexit.register(_Helper.drop)
 
 
+def start() -> None:
+    """Starts the helper ahead of the first file, so that it imports PyTorch meanwhile."""
+    with _LOCK, contextlib.suppress(OSError):  # `check` says what is wrong
+        _Helper.current()
+
+
 def serve() -> None:
     """Reads archives from stdin until it ends and answers each on stdout; the helper's loop."""
     import torch.export
 
     torch.set_num_threads(1)
+    for name in _NEEDED:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
     source = os.fdopen(0, "rb", buffering=0)
