@@ -223,6 +223,12 @@ class Engine:
             )
         )
 
+    def withdraw(self, pass_: Pass, action: Action, why: str) -> None:
+        """Records that an action applied before gave way to another one."""
+        self.applied -= 1
+        self.actions = [old for old in self.actions if old.key != action.key]
+        self.note(pass_, action, "refused", why)
+
     def note_skips(self, pass_: Pass, plan: Plan) -> None:
         """Records the places a pass left alone; a place seen again keeps its last reason."""
         seen = {(s.rule, s.target): i for i, s in enumerate(self.skips)}

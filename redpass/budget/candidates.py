@@ -56,6 +56,13 @@ def relative_saving(before: CostRecord, after: CostRecord, names: Iterable[str] 
     return sum(shares) / len(shares) if shares else 0.0
 
 
+def predicted_saving(action: Action, before: CostRecord, names: Iterable[str] = ()) -> float:
+    """Returns the mean share of the costs that an action says it saves, as `relative_saving`."""
+    known = [name for name in (names or COSTS) if getattr(before, name)]
+    shares = [action.saving.get(name, 0.0) / getattr(before, name) for name in known]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
 Try = Callable[[Candidate], bool]
 """Tries a candidate on top of what was accepted and fills in its figures; False when it is out."""
 

@@ -81,6 +81,12 @@ def worse_by(record: QualityRecord) -> float:
     return record.difference if record.better == "lower" else -record.difference
 
 
+def figures(quality: Quality) -> str:
+    """Returns what was measured in words, for the outcome of an action."""
+    found = (f"{r.metric} {r.value:.5g} ± {r.stderr:.2g}" for r in quality.values())
+    return f"{', '.join(found)} on choosing data"
+
+
 class Judge:
     """Quality of programs that differ little from one another, on one part of the data.
 

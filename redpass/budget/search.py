@@ -3,9 +3,10 @@
 Candidates of all passes of one search are one pool. Greedy search measures each alone on a few
 calibration batches, and refuses those that miss the budget already there. Then it takes one at a
 time: the one that harms least for what it saves, on top of what was accepted, is measured on the
-choosing data, and stays only if every limit holds with a margin (one-sided 95%). One-shot search
-takes the candidates in the order of the passes' own scores, as many as the limits allow. The
-reporting data are not touched here.
+choosing data, and stays only if every limit holds with a margin (one-sided 95%). Allocated search
+measures each place once, fills rungs of all ladders in the order of what they cost for what they
+save (`allocation`), and takes as many as the limits allow; one-shot search does so in the order of
+the passes' own scores, measuring nothing before. The reporting data are not touched here.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from redpass.budget.accounting import cost_record
-from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses
+from redpass.budget.allocation import allocated, measure_ladders
+from redpass.budget.at_once import take_at_once
+from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses, predicted_saving
 from redpass.budget.curves import Path
-from redpass.budget.quality import Judge, Quality
+from redpass.budget.quality import Judge, Quality, figures
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
 from redpass.budget.trials import Trials
-from redpass.engine import Check, Engine, first_bad
+from redpass.engine import Check, Engine
 from redpass.errors import RedpassError
 from redpass.passes.spec import format_passes
 from redpass.plan import Action, Pass, Plan
@@ -28,7 +30,7 @@ from redpass.progress import track
 from redpass.record import CostRecord, Curve
 from redpass.verify.originals import Originals
 
-METHODS = ("greedy", "one-shot")
+METHODS = ("greedy", "allocated", "one-shot")
 
 HOPELESS = 3.0
 """A candidate that misses a limit by this many standard errors on a few batches is not measured
@@ -73,8 +75,10 @@ class Search:
         pool = [c for c in self.pool if self._is_permitted(c)]
         if self.method == "greedy":
             self._greedy(pool)
+        elif self.method == "allocated":
+            self._allocate(pool)
         else:
-            self._one_shot(best_guesses(pool))
+            self._at_once(best_guesses(pool))
         self._adopt()
         self._note_passes(plans, nodes, started)
         return self.accepted
@@ -188,75 +192,41 @@ class Search:
         if miss:
             return "refused", miss
         self._accept(candidate, quality)
-        return "applied", _figures(quality)
+        return "applied", figures(quality)
 
     def _accept(self, candidate: Candidate, quality: Quality) -> None:
         self.trials.accept(candidate)
+        for old in self.trials.replaced:
+            self.engine.applied -= 1
+            self.engine.note(
+                old.pass_, old.action, "refused", "a deeper cut of its place was taken"
+            )
         self.judge.move(self.trials.current)
         record = quality[self.trials.metric]
         self.path.add(self.before, self.trials.cost, record, candidate.action.key)
 
-    def _one_shot(self, ranked: Sequence[Candidate]) -> None:
+    def _at_once(self, order: Sequence[Candidate]) -> None:
         """Accepts as many of the first candidates as the limits allow and the goals need."""
-        rest = list(ranked)
-        while rest and not self._is_enough():
-            self._stack(rest.pop(0))
-        stacked, found = list(self.trials.accepted), dict[int, Quality]()
+        found = take_at_once(self.engine, self.trials, self.judge, self.before, order)
+        if found.accepted:
+            record = found.quality[self.trials.metric]
+            self.path.add(self.before, self.trials.cost, record, found.accepted[-1].action.key)
+        for candidate, outcome in {**self.trials.out, **found.outcomes}.items():
+            self._note(candidate, *outcome)
 
-        def is_bad(count: int) -> bool:
-            program = stacked[count - 1].program
-            assert program is not None
-            found[count] = self.judge.measure(program)
-            return bool(worst_case(found[count], self.budget, CONFIDENCE))
+    def _allocate(self, pool: Sequence[Candidate]) -> None:
+        """Accepts what an allocation over all places gives, as deep as the limits allow."""
+        listener, known = self.engine.listener, self.trials.out
+        scales = measure_ladders(pool, self.trials.attempt, listener)
+        order = allocated([c for c in pool if c not in known], self._worth, scales)
+        for candidate in pool:
+            if candidate not in order and candidate not in known:
+                self._note(candidate, "refused", "others save as much for less")
+        self._at_once(order)
 
-        count = len(stacked)
-        if count and is_bad(count):
-            count = first_bad(count, is_bad) - 1
-            if count and count not in found:
-                is_bad(count)
-        self._keep(stacked, rest, count, found)
-
-    def _is_enough(self) -> bool:
-        limit = self.engine.settings.limit
-        stop = limit is not None and self.engine.applied + self.trials.step >= limit
-        return stop or self.budget.reached(self.before, self.trials.cost)
-
-    def _stack(self, candidate: Candidate) -> None:
-        """Puts a candidate on top of the others, measuring nothing."""
-        candidate.program = self.trials.make(candidate)
-        candidate.step, candidate.loss = self.trials.step, candidate.action.loss or 0.0
-        if candidate.program is None:
-            self._note(candidate, *self.trials.out[candidate])
-        else:
-            self.trials.accept(candidate)
-
-    def _keep(
-        self,
-        stacked: Sequence[Candidate],
-        rest: Sequence[Candidate],
-        count: int,
-        found: dict[int, Quality],
-    ) -> None:
-        self.trials.accepted = list(stacked[:count])
-        self.trials.current = stacked[count - 1].program or self.base if count else self.base
-        for number, candidate in enumerate(stacked, 1):
-            if number > count:
-                miss = worst_case(
-                    found[min(n for n in found if n > count)], self.budget, CONFIDENCE
-                )
-                self._note(candidate, "refused", f"{len(stacked[:number])} at once: {miss}")
-                continue
-            self._note(candidate, "applied", f"{count} at once: {_figures(found[count])}")
-        if count:
-            record = found[count][self.trials.metric]
-            cost = cost_record(self.trials.current, self.before.sizes)
-            self.path.add(self.before, cost, record, stacked[count - 1].action.key)
-        limit = self.engine.settings.limit
-        reason = ("refused", "not needed: the cost goal was reached before it")
-        if limit is not None and self.engine.applied >= limit:
-            reason = ("beyond limit", f"REDPASS_LIMIT={limit}")
-        for candidate in rest:
-            self._note(candidate, *reason)
+    def _worth(self, action: Action) -> float:
+        """The predicted share of the costs that goals name, of all costs when none does."""
+        return predicted_saving(action, self.before, self.trials.costs)
 
     def _adopt(self) -> None:
         """Makes the result the engine's program, as one step that can be replayed."""
@@ -274,7 +244,7 @@ class Search:
         targets: dict[Pass, list[str]] = {}
         for candidate in self.trials.accepted:
             targets.setdefault(candidate.pass_, []).append(candidate.action.target)
-        return [type(pass_)(only=tuple(only)) for pass_, only in targets.items()]  # type: ignore[call-arg]
+        return [replace(pass_, only=tuple(only)) for pass_, only in targets.items()]  # type: ignore[type-var]
 
     def _note_passes(self, plans: Sequence[tuple[Pass, Plan]], nodes: int, started: float) -> None:
         for pass_, plan in plans:
@@ -282,8 +252,3 @@ class Search:
             self.engine.note_skips(pass_, plan)
             self.engine.note_pass(pass_, applied, len(plan.skips), self.check, nodes, started)
             started = time.perf_counter()
-
-
-def _figures(quality: Quality) -> str:
-    figures = (f"{r.metric} {r.value:.5g} ± {r.stderr:.2g}" for r in quality.values())
-    return f"{', '.join(figures)} on choosing data"

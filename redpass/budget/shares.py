@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 from redpass.analysis import cost as count_cost
 from redpass.budget.accounting import cost_record, usual_sizes
-from redpass.budget.candidates import COSTS, MOST, Candidate, Greedy, best_guesses
+from redpass.budget.allocation import allocated, measure_ladders
+from redpass.budget.candidates import COSTS, MOST, Candidate, Greedy, best_guesses, predicted_saving
 from redpass.budget.curves import Path
 from redpass.budget.quality import Judge
 from redpass.budget.spec import Budget, Limit
+from redpass.budget.stack import Stack
 from redpass.budget.trials import Trials
 from redpass.config import Settings
 from redpass.data import Batches
@@ -33,7 +35,7 @@ from redpass.record import CostRecord, Curve
 from redpass.verify.metrics import find_metric
 from redpass.verify.originals import Originals, quality_port
 
-SEARCHES = ("greedy", "one-shot", "random")
+SEARCHES = ("greedy", "allocated", "one-shot", "random")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def choose(
         data: statistics and measurements come from these batches.
         cost: `parameters`, `bytes`, `flops` or `kv_bytes_per_token`.
         of: what the share is of: `layers` (what all branches cost together) or `program`.
-        search: `greedy` (each step measured), `one-shot` (in the order of the passes' own scores,
-            nothing measured) or `random` (a control).
+        search: `greedy` (each step measured), `allocated` (each place measured once, then rungs of
+            all places by what they cost for what they save), `one-shot` (in the order of the
+            passes' own scores, nothing measured) or `random` (a control).
         metric: what greedy search keeps low; "" for `loss` where the data hold tokens and the
             output is logits, else `relative_error`.
         seed: of the random order.
@@ -142,6 +145,8 @@ class _Job:
         ]
         if search == "greedy":
             self._greedy(pool)
+        elif search == "allocated":
+            self._allocated(pool)
         elif search == "random":
             random.Random(seed).shuffle(pool)
             self._in_order(pool)
@@ -166,6 +171,21 @@ class _Job:
                 listener.advance(stage)
             pool = left
         listener.finish(stage)
+
+    def _allocated(self, pool: Sequence[Candidate]) -> None:
+        scales = measure_ladders(pool, self.trials.attempt, self.engine.listener)
+        left = [candidate for candidate in pool if candidate not in self.trials.out]
+        order = allocated(left, self._worth, scales)
+        stack = Stack(self.trials, order)
+
+        def fits(count: int) -> bool:
+            cost = cost_record(stack.program(count), self.trials.sizes)
+            return self._removed(cost) <= self.allowed
+
+        stack.take(stack.last_good(fits, len(stack.order)))
+
+    def _worth(self, action: Action) -> float:
+        return predicted_saving(action, self.start, [self.cost])
 
     def _in_order(self, pool: Sequence[Candidate]) -> None:
         for candidate in pool:

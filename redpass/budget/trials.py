@@ -28,6 +28,8 @@ class Trials:
         current: the program with what was accepted.
         out: candidates that are out for good -> outcome and why.
         held: those of them that only do not go together with an accepted one.
+        step: how many times something was accepted.
+        replaced: what the last one accepted took the place of.
     """
 
     def __init__(
@@ -47,11 +49,8 @@ class Trials:
         self.loss = 0.0
         self.out: dict[Candidate, tuple[str, str]] = {}
         self.held: list[Candidate] = []
-
-    @property
-    def step(self) -> int:
-        """How many candidates were accepted."""
-        return len(self.accepted)
+        self.step = 0
+        self.replaced: list[Candidate] = []
 
     def attempt(self, candidate: Candidate) -> bool:
         """Tries a candidate on top of what was accepted and fills in its figures.
@@ -72,12 +71,9 @@ class Trials:
 
     def make(self, candidate: Candidate) -> Program | None:
         """Returns the program with the candidate; None when it is out. Measures its saving only."""
-        actions = [other.action for other in self.accepted]
-        program, check = self.engine.trial(candidate.pass_, [*actions, candidate.action])
-        if not check.passed:
-            if self.accepted:
-                self.held.append(candidate)
-            self._leave_out(candidate, "rolled back", check.reason)
+        program, fault = self.together([*self._beside(candidate), candidate])
+        if program is None:
+            self.reject(candidate, fault, is_conflict=bool(self.accepted))
             return None
         cost = cost_record(program, self.sizes)
         candidate.worth = relative_saving(self.cost, cost, self.costs)
@@ -88,6 +84,24 @@ class Trials:
             self._leave_out(candidate, "refused", "it takes away more than is to go")
             return None
         return program
+
+    def together(self, candidates: Sequence[Candidate]) -> tuple[Program | None, str]:
+        """Returns the program with exactly these candidates, or None and why there is none."""
+        if not candidates:
+            return self.engine.program, ""
+        program, check = self.engine.trial(candidates[-1].pass_, [c.action for c in candidates])
+        return (program, "") if check.passed else (None, check.reason)
+
+    def reject(self, candidate: Candidate, why: str, *, is_conflict: bool) -> None:
+        """Leaves a candidate out whose program breaks a rule; held when only beside others."""
+        if is_conflict:
+            self.held.append(candidate)
+        self._leave_out(candidate, "rolled back", why)
+
+    def _beside(self, candidate: Candidate) -> list[Candidate]:
+        """What was accepted, without rivals of the candidate."""
+        place = candidate.action.place
+        return [other for other in self.accepted if not place or other.action.place != place]
 
     def _why_worthless(self, cost: CostRecord) -> str:
         if cost == self.cost:
@@ -103,7 +117,12 @@ class Trials:
         assert candidate.program is not None
         assert candidate.step == self.step
         self.loss += candidate.loss
-        self.current = candidate.program
-        self.cost = cost_record(self.current, self.sizes)
-        self.accepted.append(candidate)
+        self.take([*self._beside(candidate), candidate], candidate.program)
         self.judge.move(self.current)
+
+    def take(self, candidates: Sequence[Candidate], program: Program) -> None:
+        """Makes `candidates`, and the program with them, what was accepted."""
+        self.replaced = [old for old in self.accepted if old not in candidates]
+        self.accepted, self.current = list(candidates), program
+        self.cost = cost_record(program, self.sizes)
+        self.step += 1
