@@ -43,7 +43,7 @@ def test_every_prefix_is_the_best_choice_of_what_it_saves(drawn):
             rung(str(n), float(saving), float(loss), f"{n}-{i}")
             for i, (saving, loss) in enumerate(ladder)
         ]
-        for n, steps in enumerate(list(enumerate(ladder)) for ladder in drawn)
+        for n, ladder in enumerate(drawn)
     ]
     order = allocated([c for pool in pools for c in pool], worth)
     choices = list(itertools.product(*[[None, *pool] for pool in pools]))
