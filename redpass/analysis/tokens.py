@@ -37,17 +37,15 @@ class Tokens:
 
     def width(self, name: str) -> int:
         """Returns how many features the value of node `name` has a token."""
-        value = self.program.nodes[name].meta["val"]
-        return int(value.shape[self._axis(name)])
+        return int(self._sizes(name)[self._axis(name)])
 
     def form(self, name: str) -> tuple[Any, ...]:
         """Returns features and number of tokens, the latter as an expression over sizes.
 
         Values of equal form on one residual stream hold the same tokens, flattened or not.
         """
-        value, axis = self.program.nodes[name].meta["val"], self._axis(name)
-        sizes = [ops.expression(size) for size in value.shape]
-        width = sizes.pop(axis)
+        sizes = self._sizes(name)
+        width = sizes.pop(self._axis(name))
         return width, sympy.expand(sympy.prod(sizes))
 
     def rows(self, name: str, value: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +54,9 @@ class Tokens:
         Args:
             inputs: all inputs of the program by port name.
         """
-        moved = value.movedim(self._axis(name), -1)
+        heads = self._heads(name)
+        whole = value if heads is None else value.movedim(heads, 2).flatten(2)
+        moved = whole.movedim(self._axis(name), -1)
         flat = moved.reshape(-1, moved.shape[-1])
         port = self._port(name)
         if port is None:
@@ -65,6 +65,22 @@ class Tokens:
         if moved.dim() == 3:
             kept = kept[:, kept.shape[1] - moved.shape[1] :]
         return flat[kept.reshape(-1)] if kept.numel() == len(flat) else flat
+
+    def _sizes(self, name: str) -> list[Any]:
+        """The sizes as expressions, heads and their size as one."""
+        sizes = [ops.expression(size) for size in self.program.nodes[name].meta["val"].shape]
+        heads = self._heads(name)
+        if heads is None:
+            return sizes
+        return [sizes[0], sizes[3 - heads], sizes[heads] * sizes[3]]
+
+    def _heads(self, name: str) -> int | None:
+        """The axis of the heads, where a value has one."""
+        shape = self.program.nodes[name].meta["val"].shape
+        if len(shape) != 4 or not isinstance(shape[3], int) or self._axis(name) != -1:
+            return None
+        fixed = [axis for axis in (1, 2) if isinstance(shape[axis], int)]
+        return fixed[0] if len(fixed) == 1 else None
 
     def _axis(self, name: str) -> int:
         if name not in self._axes:
@@ -79,7 +95,7 @@ class Tokens:
         return self._ports[name]
 
     def _fits(self, name: str, mask: fx.Node) -> bool:
-        sizes = [ops.expression(s) for s in self.program.nodes[name].meta["val"].shape]
+        sizes = self._sizes(name)
         batch, length = (ops.expression(s) for s in mask.meta["val"].shape)
         if len(sizes) == 2:  # tokens flattened into one axis
             return bool(sizes[0] == batch * length) and length != 1

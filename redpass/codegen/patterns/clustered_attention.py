@@ -10,15 +10,14 @@ PyTorch's flash kernel wants every head on its own, and keys and values of one w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
-from redpass.analysis.provenance import MOVES, Tracer
+from redpass.analysis.provenance import Tracer
+from redpass.analysis.spreads import Spread, head_count, spread
 from redpass.analysis.structure import Structure
 from redpass.codegen.patterns.site import Site
 from redpass.plan import Ref, Skip
@@ -26,27 +25,6 @@ from redpass.program import Program
 
 OP = "clustered_attention"
 RULE = f"lower.{OP}"
-HEADS = 1
-"""The axis of the heads."""
-
-
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """A value of many heads that are taken from one of fewer.
-
-    Attributes:
-        source: the value of fewer heads.
-        heads: which of its heads each head is.
-        nodes: the nodes that spread them.
-    """
-
-    source: fx.Node
-    heads: tuple[int, ...]
-    nodes: tuple[fx.Node, ...]
-
-    def over(self, count: int) -> tuple[int, ...]:
-        """Which head of the source each of `count` readers reads, spread evenly in order."""
-        return tuple(self.heads[reader * len(self.heads) // count] for reader in range(count))
 
 
 def find(program: Program, structure: Structure) -> Iterator[Site | Skip]:
@@ -76,7 +54,7 @@ def _why_not(node: fx.Node, query: Spread, key: Spread) -> str:
     pairs = set(zip(query.heads, key.over(len(query.heads)), strict=True))
     if len(pairs) != len(set(query.heads)):
         return "heads that share queries read different keys"
-    if sorted(set(query.heads)) != list(range(_heads(query.source))):
+    if sorted(set(query.heads)) != list(range(head_count(query.source))):
         return "some queries are read by no head"
     mask = ops.argument(node, "attn_mask")
     shape: tuple[Any, ...] = () if mask is None else tuple(mask.meta["val"].shape)
@@ -112,53 +90,3 @@ def _site(node: fx.Node, query: Spread, key: Spread, value: Spread) -> Site:
         covers=frozenset(own | {node.name}),
         reason=scores if clusters < count else "its values are not as wide as its keys",
     )
-
-
-def _heads(node: fx.Node) -> int:
-    return int(node.meta["val"].shape[HEADS])
-
-
-def spread(tracer: Tracer, node: fx.Node) -> Spread | None:
-    """Returns where the heads of a value come from: the value of fewest heads, itself if none.
-
-    None where the number of heads is not fixed.
-    """
-    heads = node.meta["val"].shape[HEADS]
-    if not isinstance(heads, int):
-        return None
-    found = Spread(node, tuple(range(heads)), ())
-    passed: list[fx.Node] = []
-    current: Any = node
-    while isinstance(current, fx.Node) and (ops.is_view(current) or ops.is_call(current, *MOVES)):
-        passed.append(current)
-        current = current.args[0]
-        moved = _moved(tracer, current, node, passed)
-        if moved is not None and _heads(current) < _heads(found.source):
-            found = Spread(current, moved, tuple(passed))
-    return found
-
-
-def _moved(
-    tracer: Tracer, source: Any, node: fx.Node, passed: list[fx.Node]
-) -> tuple[int, ...] | None:
-    """Which head of `source` each head of `node` is; None when another axis is moved too."""
-    value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
-        return None
-    heads: tuple[int, ...] | None = None
-    for axis in range(4):
-        labels = tracer.source(source, 0, axis)
-        if labels is None:
-            return None
-        traced = tracer.run(passed, {source: labels}).get(node)
-        if not isinstance(traced, torch.Tensor) or traced.dim() != 4:
-            return None
-        line = traced.movedim(axis, 0).flatten(1)
-        if (line != line[:, :1]).any():
-            return None
-        found = tuple(line[:, 0].tolist())
-        if axis == HEADS:
-            heads = found
-        elif found != tuple(range(labels.shape[axis])):
-            return None
-    return heads

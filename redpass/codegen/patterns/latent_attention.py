@@ -21,8 +21,8 @@ from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
 from redpass.analysis.provenance import Tracer
 from redpass.analysis.rotary import has_equal_halves
+from redpass.analysis.spreads import Spread, spread
 from redpass.analysis.structure import Structure
-from redpass.codegen.patterns.clustered_attention import Spread, spread
 from redpass.codegen.patterns.rotary import Turn, read_turn, table_of
 from redpass.codegen.patterns.site import Site
 from redpass.plan import Insert, Ref, SetWeight, Skip, WeightRef
