@@ -1,9 +1,9 @@
 """`refits`: projections fitted anew to what the loaded model's stream was, by ridge regression.
 
-Behind the first dropped branch the stream differs from the loaded model's. Each projection `W`
-that writes to it is fitted anew, one after the other in the order of the graph: with `h` what the
-projection reads in the rewritten model, `s` the stream it gives and `t` the loaded model's stream
-where the next branch reads it,
+Behind the first branch that was dropped or cut the stream differs from the loaded model's. Each
+projection `W` that writes to it is fitted anew, one after the other in the order of the graph: with
+`h` what the projection reads in the rewritten model, `s` the stream it gives and `t` the loaded
+model's stream where the next branch reads it,
 
     argmin over D of || h D - (t - s) ||^2 + strength * || D ||^2,    W + D in place of W
 
@@ -17,7 +17,7 @@ arXiv:2301.00774) and FLAP (An et al. 2024, arXiv:2312.11983), here of the strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,21 +26,17 @@ from torch import Tensor
 from redpass import rewrite
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
+from redpass.analysis.ridge import Sums, best_change, is_held_back
 from redpass.analysis.structure import Branch, structure
 from redpass.analysis.tokens import Tokens
 from redpass.data import Batches
 from redpass.errors import DataError
 from redpass.facts import Facts
-from redpass.plan import Action, Edit, SetArgument, SetWeight, WeightRef
+from redpass.partial import unchanged
+from redpass.plan import Action, Edit, SetWeight
 from redpass.program import Program
 from redpass.verify.inputs import complete
 from redpass.verify.prefix import Prefix
-
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge strengths tried, in shares of the mean squared feature."""
-
-HELD_BACK = 4
-"""Every fourth calibration batch chooses the strength and is not fitted on."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,13 @@ class _Place:
 
 
 def refits(program: Program, facts: Facts) -> Refits:
-    """Fits every projection behind the first dropped branch, in order.
+    """Fits every projection behind the first branch that was dropped or cut, in order.
 
     Raises:
         DataError: no calibration data, a single batch, or values that are NaN or infinite.
     """
     if program.lineage is None:
-        return Refits(reason="no branch was dropped, so there is nothing to repair")
+        return Refits(reason="no branch was dropped or cut, so there is nothing to repair")
     original, data = program.lineage.source, facts.data()
     if len(data) < 2:
         raise DataError(
@@ -111,17 +107,15 @@ def refits(program: Program, facts: Facts) -> Refits:
 def _places(
     program: Program, original: Program, facts: Facts, skips: dict[str, str]
 ) -> Iterator[_Place]:
-    """The projections that write to the stream behind, or next before, what was dropped."""
-    branches = facts.get(structure).branches
+    """The projections that write to the stream behind, or next before, what was changed."""
     old = structure(original).branches
-    kept = {branch.exit for branch in branches}
-    dropped = [place for place, branch in enumerate(old) if branch.exit not in kept]
-    by_exit = {branch.exit: place for place, branch in enumerate(old)}
+    matched = match_branches(facts.get(structure).branches, old)
+    dropped = sorted(set(range(len(old))) - {place for _, place in matched})
+    first = _first_change(program, old, dropped)
     known = facts.get(linears)
-    for branch in branches:
-        if not dropped or by_exit.get(branch.exit, -1) < dropped[0] - 1:
+    for branch, place in matched:
+        if place < first - 1:
             continue
-        place = by_exit[branch.exit]
         linear = _projection(program, branch, known.by_node)
         reason = _why_not(branch, linear, known.shared(linear.names) if linear else None)
         target = _target(old, place, {*dropped})
@@ -130,6 +124,29 @@ def _places(
             continue
         stream = branch.join if branch.form == "post-norm" else branch.after
         yield _Place(branch, linear, stream, target)
+
+
+def match_branches(
+    branches: tuple[Branch, ...], old: tuple[Branch, ...]
+) -> list[tuple[Branch, int]]:
+    """Returns branches of a rewritten program with their places among those of the loaded one.
+
+    A rewrite keeps the value that a branch adds, or at least the sum it is added to.
+    """
+    exits = {branch.exit: place for place, branch in enumerate(old)}
+    joins = {branch.join: place for place, branch in enumerate(old) if branch.form != "parallel"}
+    places = [exits.get(branch.exit, joins.get(branch.join)) for branch in branches]
+    return [(b, place) for b, place in zip(branches, places, strict=True) if place is not None]
+
+
+def _first_change(program: Program, old: tuple[Branch, ...], dropped: Sequence[int]) -> int:
+    """The first branch of the loaded model that was dropped, or gives something else now."""
+    lineage = program.lineage
+    if lineage is None or lineage.plain is None:
+        return dropped[0] if dropped else 0
+    same = unchanged(lineage.source, lineage.plain)
+    changed = (place for place, branch in enumerate(old) if branch.exit not in same)
+    return min([*dropped[:1], *changed], default=len(old) + 1)
 
 
 def _why_not(branch: Branch, linear: Linear | None, shared: str | None) -> str:
@@ -168,11 +185,11 @@ class _Fit:
     def at(self, place: _Place) -> Refit | None:
         """Fits one projection; the next ones see the model with it."""
         width = place.linear.ins + (place.linear.bias is not None)
-        sums = [_Sums(width, place.linear.outs) for _ in range(2)]
+        sums = [Sums(width, place.linear.outs) for _ in range(2)]
         for number in range(len(self.data)):
             features, gap, size = self._measure(place, number)
-            sums[number % HELD_BACK == HELD_BACK - 1 or number == 1].add(features, gap, size)
-        change, strength = _best(*sums, has_bias=place.linear.bias is not None)
+            sums[is_held_back(number)].add(features, gap, size)
+        change, strength = best_change(*sums, has_bias=place.linear.bias is not None)
         before, after = sums[1].error(None), sums[1].error(change)
         if not after < before:
             return None
@@ -200,60 +217,17 @@ class _Fit:
         return features, target - stream, float(target.square().sum())
 
 
-class _Sums:
-    """`HᵀH`, `HᵀR` and `|R|²` over tokens, float64; `size` is the squared norm of the target."""
-
-    def __init__(self, width: int, outs: int) -> None:
-        self.gram = torch.zeros(width, width, dtype=torch.float64)
-        self.cross = torch.zeros(width, outs, dtype=torch.float64)
-        self.square = self.size = 0.0
-
-    def add(self, features: Tensor, gap: Tensor, size: float) -> None:
-        self.gram += features.T @ features
-        self.cross += features.T @ gap
-        self.square += float(gap.square().sum())
-        self.size += size
-
-    def error(self, change: Tensor | None) -> float:
-        """Squared share of the target that is off with `change`, `[features, outs]`."""
-        if change is None:
-            return self.square / max(self.size, 1e-30)
-        fitted = float((change * (self.gram @ change - 2 * self.cross)).sum())
-        return (self.square + fitted) / max(self.size, 1e-30)
-
-
-def _best(fit: _Sums, held: _Sums, *, has_bias: bool) -> tuple[Tensor, float]:
-    """The change that is best on the batches held back, and its strength."""
-    mean = float(fit.gram.diagonal().mean())
-    ridge = torch.ones(len(fit.gram), dtype=torch.float64)
-    if has_bias:
-        ridge[-1] = 1e-6  # the bias is as good as free
-    found = []
-    for strength in STRENGTHS:
-        matrix = fit.gram + torch.diag(ridge * max(strength * mean, 1e-12))
-        change = torch.linalg.solve(matrix, fit.cross)
-        found.append((held.error(change), strength, change))
-    _, strength, change = min(found, key=lambda item: item[0])
-    return change, strength
-
-
 def _edits(program: Program, linear: Linear, change: Tensor) -> tuple[Edit, ...]:
     """New weights for the linear; a linear without a bias keeps having none."""
     matrix = linear.matrix(program)
     new = (matrix.double() + change[: linear.ins].T).to(matrix.dtype)
     name = new_name(program, linear.weight, "refit")
     edits: list[Edit] = [linear.store(name, new, f"{linear.weight}, fitted to the loaded stream")]
-    edits += _reads(program, linear, linear.weight, name)
+    edits += linear.swap(program, linear.weight, name)
     offset = linear.offset(program)
     if linear.bias is not None and offset is not None:
         bias = new_name(program, linear.bias, "refit")
         value = (offset.double() + change[-1]).to(offset.dtype)
         edits += [SetWeight(bias, value, f"{linear.bias}, fitted to the loaded stream")]
-        edits += _reads(program, linear, linear.bias, bias)
+        edits += linear.swap(program, linear.bias, bias)
     return tuple(edits)
-
-
-def _reads(program: Program, linear: Linear, old: str, new: str) -> list[Edit]:
-    node = program.nodes[linear.node]
-    reads = [a.name for a in node.all_input_nodes if a.op == "get_attr" and str(a.target) == old]
-    return [SetArgument(linear.node, name, WeightRef(new)) for name in reads]

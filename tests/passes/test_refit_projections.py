@@ -83,7 +83,7 @@ def test_shared_weights_stay_with_the_reason():
 
 def test_nothing_dropped_is_nothing_to_repair():
     plan, _ = refitted(tower(), rows(0))
-    assert plan.skips[0].reason == "no branch was dropped, so there is nothing to repair"
+    assert plan.skips[0].reason == "no branch was dropped or cut, so there is nothing to repair"
 
 
 def test_one_batch_cannot_be_held_back():
