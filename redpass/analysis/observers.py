@@ -74,6 +74,34 @@ class CrossGram:
 
 
 @dataclass(frozen=True)
+class BlockGram:
+    """Second and first moments of a value in `blocks` equal parts, each with itself alone.
+
+    As `CrossGram` of each part: shape `[blocks, size + 1, size + 1]`.
+    """
+
+    value: str
+    blocks: int
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The one value."""
+        return (self.value,)
+
+    def shape(self, widths: Widths) -> tuple[int, ...]:
+        """`[blocks, size + 1, size + 1]`."""
+        size = widths[self.value] // self.blocks + 1
+        return self.blocks, size, size
+
+    def measure(self, rows: Rows) -> Tensor:
+        """The products of a stretch."""
+        parts = rows[self.value].unflatten(1, (self.blocks, -1)).transpose(0, 1).double()
+        parts = torch.nn.functional.pad(parts, (0, 1), value=1.0)
+        found: Tensor = parts.mT @ parts
+        return found
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Cosines and angles between all pairs of values of one width: shape `[2, n, n]`.
 
