@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from redpass import ops
 from redpass.facts import Facts
 from redpass.fake import fake_call
-from redpass.plan import Insert, Ref, SetWeight, WeightRef
+from redpass.plan import Edit, Insert, Ref, SetArgument, SetWeight, WeightRef
 from redpass.program import Program
 
 aten = torch.ops.aten
@@ -63,6 +63,14 @@ class Linear:
     def store(self, name: str, matrix: Tensor, source: str) -> SetWeight:
         """Returns the edit that keeps `matrix` `[outs, ins]` as this linear would store it."""
         return SetWeight(name, (matrix.t() if self.transposed else matrix).contiguous(), source)
+
+    def swap(self, program: Program, old: str, new: str) -> list[Edit]:
+        """Returns the edits that let this linear read the weight `new` in place of `old`."""
+        return [
+            SetArgument(self.node, operand.name, WeightRef(new))
+            for operand in program.nodes[self.node].all_input_nodes
+            if operand.op == "get_attr" and str(operand.target) == old
+        ]
 
     def call(self, name: str, value: str, weight: str, bias: str | None, before: str) -> Insert:
         """Returns the edit that computes this linear with other weights on the node `value`."""
@@ -111,12 +119,13 @@ def count_readers(program: Program) -> dict[str, int]:
     """Returns weight name -> how many nodes read that tensor, under any of its names."""
     total: dict[Any, int] = {}
     for node in program.weight_nodes:
-        key = _identity(program.weights[str(node.target)])
+        key = identity(program.weights[str(node.target)])
         total[key] = total.get(key, 0) + len(node.users)
-    return {name: total.get(_identity(tensor), 0) for name, tensor in program.weights.items()}
+    return {name: total.get(identity(tensor), 0) for name, tensor in program.weights.items()}
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Returns what two names of one tensor have in common: storage, place in it, sizes, strides."""
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
 

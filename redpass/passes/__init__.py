@@ -8,6 +8,7 @@ from redpass.passes.drop_layers import DropLayers
 from redpass.passes.drop_neutral_operands import DropNeutralOperands
 from redpass.passes.drop_noops import DropNoops
 from redpass.passes.drop_span import DropSpan
+from redpass.passes.factor_linears import FactorLinears
 from redpass.passes.fold_batch_norms import FoldBatchNorms
 from redpass.passes.fold_constants import FoldConstants
 from redpass.passes.fold_linear_chains import FoldLinearChains
@@ -47,6 +48,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     DropSpan,
     ShareLayers,
     ReuseLayers,
+    FactorLinears,
     RefitProjections,
 )
 """Approximate: they run when asked for by name."""

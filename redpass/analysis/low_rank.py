@@ -1,0 +1,191 @@
+"""`low_rank`: which linears could be two thin ones, and what each rank would cost in quality.
+
+The Gram matrix of a site's inputs (drawn towards equal channels as far as the data are few) gives
+the decomposition, in units of predicted loss: the expected squared error that a rank puts into the
+residual stream, as a share of the squared stream there. The error of a projection that writes to
+the stream is that itself; inside of a branch, the share of the projection's own output that is off
+is taken to be the share of the branch that is off.
+
+A linear with a bias is decomposed on the covariance: the new bias makes up for the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from redpass.analysis.flow import Flow
+from redpass.analysis.linears import Linear, linears
+from redpass.analysis.low_rank_sites import Site, factored, sites
+from redpass.analysis.observers import CrossGram, Observer, Spread
+from redpass.analysis.statistics import Statistics, collect, footprint
+from redpass.analysis.stream_statistics import total
+from redpass.analysis.structure import Branch, structure
+from redpass.analysis.whitening import Decomposition, centred, decompose, shrunk
+from redpass.facts import Facts
+from redpass.plan import Edit
+from redpass.program import Program
+
+SUMS = 1 << 30
+"""Bytes of Gram matrices that one run over the data sums up; more take several runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A site with its decomposition.
+
+    Attributes:
+        cut: its `errors` are predicted losses (without data: shares of the squared weight).
+        means: mean input of each linear whose bias may change, else None.
+        tokens: how many tokens the statistics are from; 0 without data.
+    """
+
+    site: Site
+    cut: Decomposition
+    means: tuple[Tensor | None, ...]
+    tokens: int
+
+    def loss(self, rank: int) -> float:
+        """The predicted loss of a rank."""
+        return float(self.cut.errors[rank])
+
+    def edits(self, program: Program, rank: int) -> tuple[Edit, ...]:
+        """Returns the edits that cut the site to a rank.
+
+        Raises:
+            UsageError: a rank below one or above the smaller side.
+        """
+        return factored(program, self.site, self.cut.factors(rank), self.means)
+
+
+def whitened(program: Program, facts: Facts) -> Mapping[str, LowRank]:
+    """Decomposes every site for the inputs that the calibration data give it.
+
+    Raises:
+        DataError: no calibration data, or values that are NaN or infinite.
+    """
+    found: dict[str, LowRank] = {}
+    todo = list(facts.get(sites).found.values())
+    scales = _Scales(program, facts)
+    for group in _in_memory(program, todo):
+        sums = collect(program, _observers(group, scales), facts.data(), labels=_labels(group))
+        for site in group:
+            found[site.label] = _decomposed(program, site, sums, scales, facts)
+    return {label: found[label] for label in facts.get(sites).found}
+
+
+def plain(program: Program, facts: Facts) -> Mapping[str, LowRank]:
+    """Decomposes every site as a matrix, whatever it reads. With data, losses are from the data.
+
+    The control of `whitened`, and what can be had without data.
+    """
+    if facts.calibration is not None:
+        return {
+            label: LowRank(item.site, _measured(program, item), item.means, item.tokens)
+            for label, item in facts.get(whitened).items()
+        }
+    found = {}
+    for label, site in facts.get(sites).found.items():
+        cut = decompose(site.linears[0].matrix(program))
+        share = cut.energies / max(cut.total, 1e-300)
+        cut = Decomposition(cut.matrix, cut.vectors, share, cut.reflectors)
+        found[label] = LowRank(site, cut, (None,) * len(site.linears), 0)
+    return found
+
+
+def _measured(program: Program, item: LowRank) -> Decomposition:
+    """The plain decomposition; what its directions lose is told by the whitened one's energies."""
+    cut = decompose(item.site.linears[0].matrix(program))
+    rank = len(cut.energies)
+    overlap = item.cut.left(rank).T @ cut.left(rank)
+    energies = overlap.square().T @ item.cut.energies
+    return Decomposition(cut.matrix, cut.vectors, energies, cut.reflectors)
+
+
+def _in_memory(program: Program, todo: Sequence[Site]) -> Iterator[list[Site]]:
+    """Sites whose Gram matrices fit in memory together; neighbours, which share inputs."""
+    group: list[Site] = []
+    for site in todo:
+        grams = [CrossGram(x.input, x.input) for s in (*group, site) for x in s.linears]
+        if group and footprint(program, grams) > SUMS:
+            yield group
+            group = []
+        group.append(site)
+    if group:
+        yield group
+
+
+def _observers(group: Iterable[Site], scales: _Scales) -> Iterator[Observer]:
+    for site in group:
+        for linear in site.linears:
+            yield CrossGram(linear.input, linear.input)
+            yield Spread(linear.node)
+            yield from map(Spread, scales.values(linear))
+
+
+def _labels(group: Iterable[Site]) -> dict[str, str]:
+    return {node: s.label for s in group for x in s.linears for node in (x.input, x.node)}
+
+
+def _decomposed(
+    program: Program, site: Site, sums: Statistics, scales: _Scales, facts: Facts
+) -> LowRank:
+    gram = torch.zeros(site.shape[1], site.shape[1], dtype=torch.float64)
+    means: list[Tensor | None] = []
+    tokens = 0
+    for linear in site.linears:
+        moments = sums.moments(linear.input, linear.input)
+        mean = moments.left_sum / moments.tokens
+        part = moments.gram / moments.tokens
+        is_free = linear.bias is not None and not facts.get(linears).shared([linear.bias])
+        part = shrunk(centred(part, mean) if is_free else part, moments.tokens)
+        gram += scales.of(linear, sums, is_centred=is_free) * part
+        means.append(mean if is_free else None)
+        tokens += moments.tokens
+    cut = decompose(site.linears[0].matrix(program), gram)
+    return LowRank(site, cut, tuple(means), tokens)
+
+
+class _Scales:
+    """What a squared error of a linear's output is worth, in shares of the squared stream."""
+
+    def __init__(self, program: Program, facts: Facts) -> None:
+        self.program, self.branches = program, facts.get(structure).branches
+
+    @cached_property
+    def _branch_of(self) -> dict[str, Branch]:
+        return {name: branch for branch in self.branches for name in branch.path}
+
+    @cached_property
+    def _exits(self) -> frozenset[str]:
+        """The linears whose output is what a branch adds, up to views and copies."""
+        flow = Flow(self.program)
+        nodes = self.program.nodes
+        return frozenset(flow.peel(nodes[branch.exit]).name for branch in self.branches)
+
+    def values(self, linear: Linear) -> tuple[str, ...]:
+        """The nodes whose squares are needed besides the linear's own output."""
+        branch = self._branch_of.get(linear.node)
+        return () if branch is None else (branch.exit, total(branch))
+
+    def of(self, linear: Linear, sums: Statistics, *, is_centred: bool) -> float:
+        """The factor from squared error per token to predicted loss."""
+        own = _square(sums, linear.node, is_centred=is_centred)
+        branch = self._branch_of.get(linear.node)
+        if branch is None:
+            return 1.0 / own
+        stream = _square(sums, total(branch))
+        if linear.node in self._exits:
+            return 1.0 / stream
+        return _square(sums, branch.exit) / stream / own
+
+
+def _square(sums: Statistics, name: str, *, is_centred: bool = False) -> float:
+    """The squared norm per token, or the variance."""
+    mean, square = sums.mean(Spread(name))
+    found = (square - mean.square()).clamp_min(0.0) if is_centred else square
+    return max(float(found.sum()), 1e-30)

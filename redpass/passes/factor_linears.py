@@ -1,0 +1,150 @@
+"""Writes linears as two thin ones: the product of least error on the inputs they really get.
+
+                                t = linear(x, down)        [rank, ins]
+y = linear(x, w, b)      ->     y = linear(t, up, b')      [outs, rank]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from redpass.analysis import cost
+from redpass.analysis.inspection import DEFAULT_SIZES
+from redpass.analysis.low_rank import LowRank, plain, whitened
+from redpass.analysis.low_rank_sites import Sites, sites
+from redpass.errors import UsageError, nearest
+from redpass.facts import Facts
+from redpass.plan import Action, Exactness, Plan, Skip
+from redpass.program import Program
+
+RULE = "factor_linears.truncation"
+
+
+@dataclass(frozen=True)
+class FactorLinears:
+    """Factors linears into two thin ones of low rank.
+
+    What: any linear with a plain matrix: one projection, or several fused in one; a weight that
+    several linears read is cut in all of them at once. A bias stays, and makes up for the mean of
+    what is cut. Each rank of the ladder is a candidate; a weight that is of low rank already is
+    one that costs nothing.
+    When: never by itself. Only at ranks at which the two hold fewer numbers than the one. The
+    predicted loss is the error put into the residual stream, see `redpass.analysis.low_rank`.
+    Not tried: weights that something else than a linear reads, quantised or computed weights,
+    stacks of experts, linears that are one of two thin ones already.
+    Costs: one calibration run and one eigenproblem a weight, of its smaller side. The candidates
+    hold their weights until the search is over. With fewer tokens than channels the Gram matrix is
+    mostly a guess (drawn towards equal channels): evidence has the number of tokens.
+    Source: SVD-LLM (Wang et al. 2024, arXiv:2403.07378), ASVD (Yuan et al. 2023,
+    arXiv:2312.05821).
+
+    Attributes:
+        shares: what is left of a weight's numbers, the ladder.
+        multiple: ranks are rounded down to multiples of this.
+        whiten: False truncates the weight as a matrix, whatever it reads: a control; then no data
+            are needed.
+        only: targets (`layers.0.mlp.up@64`) to cut; nothing else is planned.
+    """
+
+    name: ClassVar[str] = "factor_linears"
+    needs: ClassVar[tuple[Any, ...]] = (sites, cost, whitened, plain)
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    shares: tuple[float, ...] = (0.75, 0.5, 0.25)
+    multiple: int = 8
+    whiten: bool = True
+    only: tuple[str, ...] = ()
+
+    def plan(self, program: Program, facts: Facts) -> Plan:
+        """Plans one action a site and rank, the least predicted loss first."""
+        self._check()
+        known = facts.get(sites)
+        wanted = dict(self._named(known))
+        skips = tuple(Skip(RULE, label, reason) for label, reason in known.skips.items())
+        if not known.found:
+            return Plan(skips=skips)
+        cuts = facts.get(whitened if self.whiten else plain)
+        items = [
+            item
+            for label, site in known.found.items()
+            if not self.only or label in wanted
+            for item in self._rungs(program, facts, cuts[label], wanted.get(label, ()))
+            if site.break_even
+        ]
+        found = Plan.of(items)
+        actions = sorted(found.actions, key=lambda action: action.loss or 0.0)
+        return Plan(tuple(actions), found.skips + (() if self.only else skips))
+
+    def _check(self) -> None:
+        for share in self.shares:
+            if not 0 < share < 1:
+                hint = "write 0.5 to leave half of a weight's numbers"
+                raise UsageError(f"a share of {share}", place=self.name, hint=hint)
+        if self.multiple < 1:
+            hint = "give 1 for any rank"
+            raise UsageError(f"multiples of {self.multiple}", place=self.name, hint=hint)
+
+    def _named(self, known: Sites) -> Mapping[str, tuple[int, ...]]:
+        """Label -> the ranks that the user named."""
+        found: dict[str, tuple[int, ...]] = {}
+        for target in self.only:
+            label, _, text = target.rpartition("@")
+            if label in known.skips:
+                raise UsageError(known.skips[label], place=label, hint="leave it out of `only`")
+            if label not in known.found:
+                hint = nearest(label or target, known.found)
+                raise UsageError(f"no linear is called '{label}'", place=self.name, hint=hint)
+            if not text.isdecimal():
+                hint = f"write {label}@64 for rank 64"
+                raise UsageError(f"'{text}' is no rank", place=label, hint=hint)
+            known.found[label].check(int(text))
+            found[label] = (*found.get(label, ()), int(text))
+        return found
+
+    def _rungs(
+        self, program: Program, facts: Facts, item: LowRank, named: tuple[int, ...]
+    ) -> Iterator[Action | Skip]:
+        site, ranks = item.site, named or self._ranks(item)
+        if not ranks:
+            reason = f"no multiple of {self.multiple} is a rank that saves at {site.shape}"
+            yield Skip(RULE, site.label, reason)
+        for rank in ranks:
+            yield _cut(program, facts, item, rank)
+
+    def _ranks(self, item: LowRank) -> tuple[int, ...]:
+        wanted = [item.site.rank(share) for share in self.shares]
+        rounded = [rank - rank % self.multiple for rank in wanted]
+        free = max(1, item.cut.rank())
+        ladder = {rank for rank in rounded if 1 <= rank <= item.site.break_even and rank < free}
+        return tuple(sorted(ladder | ({free} if free <= item.site.break_even else set())))[::-1]
+
+
+def _cut(program: Program, facts: Facts, item: LowRank, rank: int) -> Action:
+    site, loss = item.site, item.loss(rank)
+    outs, ins = site.shape
+    gone = outs * ins - site.size(rank)
+    flops = sum(facts.get(cost).flops_of(x.node, DEFAULT_SIZES) for x in site.linears)
+    weight = program.weights[site.linears[0].weight]
+    free = "; the weight is of that rank" if rank >= item.cut.rank() else ""
+    return Action(
+        RULE,
+        f"{site.label}@{rank}",
+        item.edits(program, rank),
+        f"{outs} x {ins} as two linears of rank {rank}{free}",
+        {
+            "rank": rank,
+            "tokens": item.tokens,
+            "channels": ins,
+            "left": site.size(rank) / outs / ins,
+        },
+        {
+            "parameters": gone,
+            "bytes": gone * weight.element_size(),
+            "flops": flops * gone / (outs * ins),
+            "kv_bytes_per_token": 0,
+        },
+        loss,
+        f"{site.label}/rank",
+    )
