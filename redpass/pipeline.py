@@ -48,7 +48,6 @@ MOST_ROUNDS = 4
 FEW = 8
 """How many batches tell hopeless candidates of an approximate pass from the others."""
 
-
 NOT_FOR_IT = "leave the pass out of --passes; `redpass inspect` shows the structure that was found"
 
 
@@ -188,7 +187,8 @@ class _Run:
     def _run(self, passes: Sequence[Pass]) -> None:
         """Runs one exact pass to its fixpoint, or searches over approximate ones together."""
         if is_repair(passes[0]):
-            repair(self.engine, self.budget, passes[0], self._originals("choosing"))
+            choosing = self._originals("choosing")
+            repair(self.engine, self.budget, passes[0], choosing, self.before)
         elif passes[0].exactness is Exactness.APPROXIMATE:
             self._search(passes)
         else:

@@ -24,19 +24,16 @@ import torch
 from torch import Tensor
 
 from redpass import rewrite
+from redpass.analysis.compared import Compared
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
 from redpass.analysis.ridge import Sums, best_change, is_held_back
 from redpass.analysis.structure import Branch, structure
-from redpass.analysis.tokens import Tokens
 from redpass.data import Batches
-from redpass.errors import DataError
 from redpass.facts import Facts
 from redpass.partial import unchanged
 from redpass.plan import Action, Edit, SetWeight
 from redpass.program import Program
-from redpass.verify.inputs import complete
-from redpass.verify.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -86,15 +83,9 @@ def refits(program: Program, facts: Facts) -> Refits:
     if program.lineage is None:
         return Refits(reason="no branch was dropped or cut, so there is nothing to repair")
     original, data = program.lineage.source, facts.data()
-    if len(data) < 2:
-        raise DataError(
-            "a repair needs two calibration batches, one to fit on and one to hold back",
-            file=data.source,
-            hint="give more rows, or a smaller --batch-size",
-        )
     skips: dict[str, str] = {}
-    places = list(_places(program, original, facts, skips))
     fit, found = _Fit(program, original, data), list[Refit]()
+    places = list(_places(program, original, facts, skips))
     for place in places:
         refit = fit.at(place)
         if refit is None:
@@ -177,44 +168,27 @@ def _projection(program: Program, branch: Branch, known: Mapping[str, Linear]) -
 
 class _Fit:
     def __init__(self, program: Program, original: Program, data: Batches) -> None:
-        self.program, self.data = program, data
-        self.now, self.was = Prefix(program, data), Prefix(original, data)
-        self.original = original
-        self.rows = (Tokens(program), Tokens(original))
+        self.compared = Compared(program, original, data)
 
     def at(self, place: _Place) -> Refit | None:
         """Fits one projection; the next ones see the model with it."""
-        width = place.linear.ins + (place.linear.bias is not None)
-        sums = [Sums(width, place.linear.outs) for _ in range(2)]
-        for number in range(len(self.data)):
-            features, gap, size = self._measure(place, number)
-            sums[is_held_back(number)].add(features, gap, size)
-        change, strength = best_change(*sums, has_bias=place.linear.bias is not None)
+        linear, has_bias = place.linear, place.linear.bias is not None
+        sums = [Sums(linear.ins + has_bias, linear.outs) for _ in range(2)]
+        names, label = (linear.input, place.stream), place.branch.label
+        for number, mine, target in self.compared.batches(names, place.target, label):
+            features, stream = mine
+            if has_bias:
+                features = torch.nn.functional.pad(features, (0, 1), value=1.0)
+            size = float(target.square().sum())
+            sums[is_held_back(number)].add(features, target - stream, size)
+        change, strength = best_change(*sums, has_bias=has_bias)
         before, after = sums[1].error(None), sums[1].error(change)
         if not after < before:
             return None
-        edits = _edits(self.program, place.linear, change)
-        self.program = rewrite.apply(self.program, [Action("refit", "here", edits, "")])
-        self.now.move(self.program)
-        return Refit(place.branch.label, place.linear, edits, strength, before, after)
-
-    def _measure(self, place: _Place, number: int) -> tuple[Tensor, Tensor, float]:
-        inputs = complete(self.program, self.data[number])
-        now = self.now.values(self.program, (place.linear.input, place.stream), number)
-        was = self.was.values(self.original, (place.target,), number)
-        mine, other = self.rows
-        features = mine.rows(place.linear.input, now[place.linear.input], inputs).double()
-        stream = mine.rows(place.stream, now[place.stream], inputs).double()
-        target = other.rows(
-            place.target, was[place.target], complete(self.original, self.data[number])
-        ).double()
-        if not bool(torch.isfinite(features).all() and torch.isfinite(stream).all()):
-            raise DataError(
-                "its values on the calibration data are NaN or infinite", place=place.branch.label
-            )
-        if place.linear.bias is not None:
-            features = torch.nn.functional.pad(features, (0, 1), value=1.0)
-        return features, target - stream, float(target.square().sum())
+        program = self.compared.program
+        edits = _edits(program, linear, change)
+        self.compared.move(rewrite.apply(program, [Action("refit", "here", edits, "")]))
+        return Refit(label, linear, edits, strength, before, after)
 
 
 def _edits(program: Program, linear: Linear, change: Tensor) -> tuple[Edit, ...]:

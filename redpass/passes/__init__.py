@@ -15,6 +15,7 @@ from redpass.passes.fold_linear_chains import FoldLinearChains
 from redpass.passes.fold_norm_gains import FoldNormGains
 from redpass.passes.fuse_activations import FuseActivations
 from redpass.passes.fuse_norms import FuseNorms
+from redpass.passes.map_stream import MapStream
 from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
@@ -49,6 +50,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     ShareLayers,
     ReuseLayers,
     FactorLinears,
+    MapStream,
     RefitProjections,
 )
 """Approximate: they run when asked for by name."""
