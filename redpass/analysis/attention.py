@@ -55,10 +55,10 @@ class Attentions:
     def describe(self, core: Core, path: frozenset[fx.Node]) -> Attention:
         """Describes `core` as part of a branch whose nodes are `path`."""
         sizes = self.flow.shape(core.query) or (0,)
-        query = self._operand(core.query, swapped=False)
+        query = self.operand(core.query, swapped=False)
         heads = len(query.rows) or self._heads_by_shape(core)
-        key = self._operand(core.key, swapped=not core.is_fused)
-        value = self._operand(core.value, swapped=False)
+        key = self.operand(core.key, swapped=not core.is_fused)
+        value = self.operand(core.value, swapped=False)
         output = self._output(core, path, heads)
         kv_heads = len(set(key.rows)) or heads
         rotary = find_rotary(self.flow, query.known, key.known)
@@ -82,7 +82,7 @@ class Attentions:
             mask=core.masks[0].name if core.masks else None,
             causal=self._causal(core),
             is_cross=bool(key.maps) and not any(m in path for m in key.maps),
-            key_of_head=_key_of_head(key.rows, heads),
+            key_of_head=sources_of_heads(key.rows, heads),
             key_cache=self._cache(key),
             value_cache=self._cache(value),
             nodes=frozenset(
@@ -92,7 +92,8 @@ class Attentions:
             ),
         )
 
-    def _operand(self, node: fx.Node, *, swapped: bool) -> Operand:
+    def operand(self, node: fx.Node, *, swapped: bool) -> Operand:
+        """Walks back from queries, keys or values; `swapped` where positions come last."""
         nodes, maps = back_to_maps(self.flow, node)
         seeds = {}
         for number, made in enumerate(maps):
@@ -206,8 +207,8 @@ def _head_rows(indices: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(lines[:period])
 
 
-def _key_of_head(rows: tuple[tuple[int, ...], ...], heads: int) -> tuple[int, ...]:
-    """Which distinct key head each query head meets; fewer rows than heads repeat in blocks."""
+def sources_of_heads(rows: tuple[tuple[int, ...], ...], heads: int) -> tuple[int, ...]:
+    """Returns which distinct row each head reads; fewer rows than heads repeat in blocks."""
     if not rows or heads % len(rows):
         return ()
     numbers: dict[tuple[int, ...], int] = {}
