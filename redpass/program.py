@@ -154,7 +154,15 @@ class Program:
 
     @cached_property
     def module(self) -> fx.GraphModule:
-        """A runnable `GraphModule` of a copy of the graph: flat tensors in, flat tuple out."""
+        """What is run, a `GraphModule`: flat tensors in, flat tuple out. See `RUN_FORMS`."""
+        program = self
+        for form in RUN_FORMS:
+            program = form(program)
+        return program.graph_module
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """A runnable `GraphModule` of a copy of the graph, node by node as it is."""
         root: dict[str, Any] = {
             str(node.target): self.weights[str(node.target)] for node in self.weight_nodes
         }
@@ -238,6 +246,11 @@ class Program:
         return replace(self, steps=self.steps + steps)
 
 
+RUN_FORMS: list[Callable[[Program], Program]] = []
+"""What `Program.module` turns a program into before it is run: ops of our own that run faster as
+others are written so. Added to when the ops are registered, never by an import."""
+
+
 def check_port(port: Port, value: Tensor) -> None:
     """Raises `UsageError` when `value` has not the dtype, rank and fixed sizes of `port`."""
     sizes = tuple(value.shape)
@@ -270,24 +283,28 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 Observer = Callable[[fx.Node, Any], Any]
 
 
-def interpret(program: Program, inputs: Iterable[Tensor], observe: Observer) -> tuple[Tensor, ...]:
-    """Runs a program node by node, without gradients.
+def interpret(
+    program: Program, inputs: Iterable[Tensor], observe: Observer, *, gradients: bool = False
+) -> tuple[Tensor, ...]:
+    """Runs a program node by node.
 
     Args:
         observe: called with each node and its value; what it returns is used as the value
             downstream, so return it unchanged to watch and something else to intervene.
+        gradients: whether the run is recorded, so that gradients can be asked for behind values
+            that `observe` gave `requires_grad`.
 
     Returns:
         The outputs, in the order of the signature.
     """
     runner = _Interpreter(program, observe)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return tuple(runner.run(*inputs))
 
 
 class _Interpreter(fx.Interpreter):
     def __init__(self, program: Program, observe: Observer) -> None:
-        super().__init__(program.module, garbage_collect_values=True)
+        super().__init__(program.graph_module, garbage_collect_values=True)
         self._observe = observe
         self._originals = program.nodes
 

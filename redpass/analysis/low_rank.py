@@ -12,12 +12,13 @@ A linear with a bias is decomposed on the covariance: the new bias makes up for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from redpass.analysis.fisher import fisher
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears
 from redpass.analysis.low_rank_sites import Site, factored, sites
@@ -41,13 +42,25 @@ class LowRank:
     Attributes:
         cut: its `errors` are predicted losses (without data: shares of the squared weight).
         means: mean input of each linear whose bias may change, else None.
+        own: the rank that the weight has already.
         tokens: how many tokens the statistics are from; 0 without data.
+        scale: predicted loss for a squared error of one, by which `cut` was multiplied.
     """
 
     site: Site
     cut: Decomposition
     means: tuple[Tensor | None, ...]
+    own: int
     tokens: int
+    scale: float = 1.0
+
+    def ranks(self, shares: Iterable[float], multiple: int) -> tuple[int, ...]:
+        """Returns the ladder, falling: ranks that leave these shares, and the rank it has."""
+        most, own = self.site.break_even, max(1, self.own)
+        wanted = (self.site.rank(share) for share in shares)
+        rounded = (rank - rank % multiple for rank in wanted)
+        ladder = {rank for rank in rounded if 1 <= rank <= most and rank < own}
+        return tuple(sorted(ladder | ({own} if own <= most else set()), reverse=True))
 
     def loss(self, rank: int) -> float:
         """The predicted loss of a rank."""
@@ -78,6 +91,28 @@ def whitened(program: Program, facts: Facts) -> Mapping[str, LowRank]:
     return {label: found[label] for label in facts.get(sites).found}
 
 
+def by_fisher(program: Program, facts: Facts) -> Mapping[str, LowRank]:
+    """The decompositions of `whitened` with losses from Fisher information, in nats.
+
+    They tell how much an error matters for the program's output, not only for the stream, and
+    order what is cut in `whitened` directions. A linear whose output reaches no output loses
+    nothing.
+    """
+    del program
+    known = facts.get(fisher)
+    found = {}
+    for label, item in facts.get(whitened).items():
+        left = item.cut.left(len(item.cut.energies))
+        weight = torch.zeros_like(item.cut.energies)
+        for linear in item.site.linears:
+            if linear.node in known:
+                weight += (left * (known[linear.node] @ left)).sum(0) / 2
+        energies = item.cut.energies / item.scale * weight
+        cut = replace(item.cut, energies=energies)
+        found[label] = replace(item, cut=cut)
+    return found
+
+
 def plain(program: Program, facts: Facts) -> Mapping[str, LowRank]:
     """Decomposes every site as a matrix, whatever it reads. With data, losses are from the data.
 
@@ -85,15 +120,15 @@ def plain(program: Program, facts: Facts) -> Mapping[str, LowRank]:
     """
     if facts.calibration is not None:
         return {
-            label: LowRank(item.site, _measured(program, item), item.means, item.tokens)
+            label: replace(item, cut=_measured(program, item))
             for label, item in facts.get(whitened).items()
         }
     found = {}
     for label, site in facts.get(sites).found.items():
         cut = decompose(site.linears[0].matrix(program))
         share = cut.energies / max(cut.total, 1e-300)
-        cut = Decomposition(cut.matrix, cut.vectors, share, cut.reflectors)
-        found[label] = LowRank(site, cut, (None,) * len(site.linears), 0)
+        cut = replace(cut, energies=share)
+        found[label] = LowRank(site, cut, (None,) * len(site.linears), cut.rank(), 0)
     return found
 
 
@@ -103,7 +138,7 @@ def _measured(program: Program, item: LowRank) -> Decomposition:
     rank = len(cut.energies)
     overlap = item.cut.left(rank).T @ cut.left(rank)
     energies = overlap.square().T @ item.cut.energies
-    return Decomposition(cut.matrix, cut.vectors, energies, cut.reflectors)
+    return replace(cut, energies=energies)
 
 
 def _in_memory(program: Program, todo: Sequence[Site]) -> Iterator[list[Site]]:
@@ -136,18 +171,20 @@ def _decomposed(
 ) -> LowRank:
     gram = torch.zeros(site.shape[1], site.shape[1], dtype=torch.float64)
     means: list[Tensor | None] = []
-    tokens = 0
+    tokens, whole = 0, 0.0
     for linear in site.linears:
         moments = sums.moments(linear.input, linear.input)
         mean = moments.left_sum / moments.tokens
         part = moments.gram / moments.tokens
         is_free = linear.bias is not None and not facts.get(linears).shared([linear.bias])
         part = shrunk(centred(part, mean) if is_free else part, moments.tokens)
-        gram += scales.of(linear, sums, is_centred=is_free) * part
+        scale = scales.of(linear, sums, is_centred=is_free)
+        gram += scale * part
+        whole += scale
         means.append(mean if is_free else None)
         tokens += moments.tokens
     cut = decompose(site.linears[0].matrix(program), gram)
-    return LowRank(site, cut, tuple(means), tokens)
+    return LowRank(site, cut, tuple(means), cut.rank(), tokens, whole)
 
 
 class _Scales:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
-from redpass.analysis.low_rank import LowRank, plain, whitened
+from redpass.analysis.low_rank import LowRank, by_fisher, plain, whitened
 from redpass.analysis.low_rank_sites import Sites, sites
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
@@ -20,6 +20,7 @@ from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
 
 RULE = "factor_linears.truncation"
+SCORES = {"stream": whitened, "fisher": by_fisher}
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,20 @@ class FactorLinears:
     Attributes:
         shares: what is left of a weight's numbers, the ladder.
         multiple: ranks are rounded down to multiples of this.
+        score: what losses are predicted in: `stream`, or `fisher`, nats of the output from one
+            backward run (not to be compared with other passes' unless ladders are measured).
         whiten: False truncates the weight as a matrix, whatever it reads: a control; then no data
             are needed.
         only: targets (`layers.0.mlp.up@64`) to cut; nothing else is planned.
     """
 
     name: ClassVar[str] = "factor_linears"
-    needs: ClassVar[tuple[Any, ...]] = (sites, cost, whitened, plain)
+    needs: ClassVar[tuple[Any, ...]] = (sites, cost, whitened, by_fisher, plain)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     multiple: int = 8
+    score: str = "stream"
     whiten: bool = True
     only: tuple[str, ...] = ()
 
@@ -65,7 +69,7 @@ class FactorLinears:
         skips = tuple(Skip(RULE, label, reason) for label, reason in known.skips.items())
         if not known.found:
             return Plan(skips=skips)
-        cuts = facts.get(whitened if self.whiten else plain)
+        cuts = facts.get(SCORES[self.score] if self.whiten else plain)
         items = [
             item
             for label, site in known.found.items()
@@ -85,6 +89,9 @@ class FactorLinears:
         if self.multiple < 1:
             hint = "give 1 for any rank"
             raise UsageError(f"multiples of {self.multiple}", place=self.name, hint=hint)
+        if self.score not in SCORES:
+            hint = nearest(self.score, SCORES)
+            raise UsageError(f"unknown score '{self.score}'", place=self.name, hint=hint)
 
     def _named(self, known: Sites) -> Mapping[str, tuple[int, ...]]:
         """Label -> the ranks that the user named."""
@@ -106,19 +113,12 @@ class FactorLinears:
     def _rungs(
         self, program: Program, facts: Facts, item: LowRank, named: tuple[int, ...]
     ) -> Iterator[Action | Skip]:
-        site, ranks = item.site, named or self._ranks(item)
+        site, ranks = item.site, named or item.ranks(self.shares, self.multiple)
         if not ranks:
             reason = f"no multiple of {self.multiple} is a rank that saves at {site.shape}"
             yield Skip(RULE, site.label, reason)
         for rank in ranks:
             yield _cut(program, facts, item, rank)
-
-    def _ranks(self, item: LowRank) -> tuple[int, ...]:
-        wanted = [item.site.rank(share) for share in self.shares]
-        rounded = [rank - rank % self.multiple for rank in wanted]
-        free = max(1, item.cut.rank())
-        ladder = {rank for rank in rounded if 1 <= rank <= item.site.break_even and rank < free}
-        return tuple(sorted(ladder | ({free} if free <= item.site.break_even else set())))[::-1]
 
 
 def _cut(program: Program, facts: Facts, item: LowRank, rank: int) -> Action:
@@ -127,7 +127,7 @@ def _cut(program: Program, facts: Facts, item: LowRank, rank: int) -> Action:
     gone = outs * ins - site.size(rank)
     flops = sum(facts.get(cost).flops_of(x.node, DEFAULT_SIZES) for x in site.linears)
     weight = program.weights[site.linears[0].weight]
-    free = "; the weight is of that rank" if rank >= item.cut.rank() else ""
+    free = "; the weight is of that rank" if rank >= item.own else ""
     return Action(
         RULE,
         f"{site.label}@{rank}",

@@ -127,6 +127,25 @@ def test_the_loss_of_an_exit_is_its_share_of_the_stream(residual: Program, resid
     assert losses["blocks.2.up"] < 0.01 * losses["blocks.3.up"]
 
 
+def test_fisher_information_sees_what_the_stream_hides(
+    residual: Program, residual_data: Splits
+) -> None:
+    """The same cuts in the same places; what nothing reads has no loss, whatever its size."""
+    b = Builder()
+    x = b.input("x", "batch", WIDTH)
+    loud = b.call(aten.linear.default, x, b.weight("loud", 9 * _random(WIDTH, WIDTH)))
+    heard = b.call(aten.linear.default, x, b.weight("heard", _random(WIDTH, WIDTH, seed=3)))
+    program = b.program(b.call(aten.add.Tensor, b.call(aten.mul.Tensor, loud, 1e-4), heard))
+    losses = {
+        a.target: a.loss for a in _plan(program, _rows(), score="fisher", shares=(0.8,)).actions
+    }
+    assert losses["loud@8"] < 1e-5 * losses["heard@8"]
+    options = {"multiple": 2, "shares": (0.5,)}
+    data = residual_data.calibration
+    one, other = (_plan(residual, data, score=score, **options) for score in ("stream", "fisher"))
+    assert {a.key for a in one.actions} == {a.key for a in other.actions}
+
+
 def test_actions_of_different_places_compose_and_come_again_by_name(
     residual: Program, residual_data: Splits
 ) -> None:
@@ -224,6 +243,7 @@ def test_without_data_only_the_plain_truncation_is_to_be_had() -> None:
         ({"shares": (1.0,)}, "a share of 1"),
         ({"shares": (0.0,)}, "a share of 0"),
         ({"multiple": 0}, "multiples of 0"),
+        ({"score": "guess"}, "unknown score"),
         ({"only": ("w@0",)}, "rank from 1 to 24"),
         ({"only": ("w@25",)}, "rank from 1 to 24"),
         ({"only": ("w@20",)}, "give a rank up to 14"),
