@@ -103,6 +103,29 @@ class SetWeight:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """Takes slices out of one axis of a weight, for all its readers; the weight keeps its name.
+
+    Places are those in the weight of the program that the plan is about. What other actions took
+    out of it plays no part, so cuts of several axes, and of several parts of one axis, compose.
+
+    Attributes:
+        gone: places along `axis` that go, rising.
+        kept: places that stay and take over what the lost ones did, rising.
+        spread: `[gone, kept]`, what of each lost slice is added to each kept one; None for nothing.
+        bias: weight that the lost slices, weighted by `shift` `[gone]` and summed, are added to.
+    """
+
+    weight: str
+    axis: int
+    gone: Tensor
+    kept: Tensor | None = None
+    spread: Tensor | None = None
+    bias: str = ""
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DropState:
     """Removes a state pair (a layer's cache entry) from the inputs and outputs."""
 
@@ -159,6 +182,7 @@ Edit = (
     | SetArgument
     | SetCall
     | SetWeight
+    | Narrow
     | DropState
     | ResizeState
     | DropTerm

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from redpass import ops
+from redpass.cuts import Cuts
 from redpass.errors import PassError
 from redpass.fake import Sizes, fake_mode, fake_tensor, is_same_size
 from redpass.plan import (
@@ -24,6 +25,7 @@ from redpass.plan import (
     Erase,
     Insert,
     Literal,
+    Narrow,
     Ref,
     Replace,
     ResizeState,
@@ -80,6 +82,7 @@ class _Draft:
         self.inputs = dict(zip([p.name for p in self.signature.inputs], inputs, strict=True))
         self.mode = fake_mode(self.program)
         self.sizes = Sizes(self.mode)
+        self.cuts = Cuts(self.weights)
 
     def do(self, edit: Edit, action: Action) -> None:
         """Does one edit; a failure names the action."""
@@ -179,6 +182,12 @@ class _Draft:
         if edit.name in self.weights:
             raise PassError("a new weight would hide one that exists", place=edit.name)
         self.weights[edit.name] = edit.value.detach()
+
+    def _Narrow(self, edit: Narrow) -> None:
+        for name in self.cuts.do(edit):
+            node = self.readers[name]
+            node.meta = {**node.meta, "val": fake_tensor(self.mode, self.weights[name])}
+            self.sizes.changed.add(node)
 
     def _DropState(self, edit: DropState) -> None:
         ports = self.signature

@@ -19,7 +19,20 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
     {"checks"},
-    {"text", "program", "ops", "data", "plan", "partial", "state", "stored", "fake", "cuts"},
+    {
+        "text",
+        "signature",
+        "program",
+        "ops",
+        "data",
+        "plan",
+        "partial",
+        "state",
+        "stored",
+        "fake",
+        "fingerprint",
+        "cuts",
+    },
     {"rewrite", "lineage", "facts", "analysis", "verify", "reproducer"},
     {"passes", "codegen"},
     {

@@ -20,6 +20,7 @@ from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
 from redpass.passes.merge_linears import MergeLinears
+from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.refit_projections import RefitProjections
 from redpass.passes.reuse_layers import ReuseLayers
 from redpass.passes.share_layers import ShareLayers
@@ -51,6 +52,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     ReuseLayers,
     FactorLinears,
     MapStream,
+    PruneChannels,
     RefitProjections,
 )
 """Approximate: they run when asked for by name."""

@@ -1,0 +1,67 @@
+"""Cutting slices out of weights, and adding what they did to the slices that stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redpass.errors import PassError
+from redpass.plan import Narrow
+
+
+class Cuts:
+    """The cuts that were done to some weights, in place in their table.
+
+    Args:
+        weights: name -> tensor; entries are replaced, tensors never written to.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        self._left: dict[tuple[str, int], Tensor] = {}
+
+    def do(self, edit: Narrow) -> tuple[str, ...]:
+        """Does one cut. Returns the names of the weights it changed.
+
+        Raises:
+            PassError: no such weight, or a place that is not there (any more).
+        """
+        for name in (edit.weight, edit.bias):
+            if name and name not in self.weights:
+                raise PassError("an edit names a weight that does not exist", place=name)
+        weight = self.weights[edit.weight].movedim(edit.axis, 0)
+        key = edit.weight, edit.axis % weight.dim()
+        left = self._left.get(key, torch.arange(len(weight)))
+        gone = _places(left, edit.gone, edit.weight)
+        keep = torch.ones(len(left), dtype=torch.bool)
+        keep[gone] = False
+        if edit.bias and edit.shift is not None:
+            self.weights[edit.bias] = _shifted(self.weights[edit.bias], weight[gone], edit.shift)
+        if edit.spread is not None and edit.kept is not None:
+            weight = _spread(weight, gone, _places(left, edit.kept, edit.weight), edit.spread)
+        self.weights[edit.weight] = weight[keep].movedim(0, edit.axis).contiguous()
+        self._left[key] = left[keep]
+        return (edit.weight, edit.bias) if edit.bias else (edit.weight,)
+
+
+def _places(left: Tensor, wanted: Tensor, name: str) -> Tensor:
+    """Where the original places `wanted` are among those that are left."""
+    found = torch.searchsorted(left, wanted)
+    if not torch.equal(left[found.clamp_max(len(left) - 1)], wanted):
+        raise PassError("another action took slices of this weight that a cut is about", place=name)
+    return found
+
+
+def _spread(weight: Tensor, gone: Tensor, kept: Tensor, spread: Tensor) -> Tensor:
+    """`weight` with `spread`ᵀ times its slices `gone` added to its slices `kept`."""
+    lost = weight[gone].double().flatten(1)
+    result = weight.clone()
+    added = (spread.double().T @ lost).unflatten(1, weight.shape[1:]) if len(lost) else 0.0
+    result[kept] = (weight[kept].double() + added).to(weight.dtype)
+    return result
+
+
+def _shifted(bias: Tensor, lost: Tensor, shift: Tensor) -> Tensor:
+    """`bias` with the lost slices, weighted and summed over all axes but the outputs', added."""
+    total = lost.double().flatten(2).sum(2) if lost.dim() > 2 else lost.double()
+    return (bias.double() + shift.double() @ total).to(bias.dtype)
