@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from redpass.data import Batches
 from redpass.errors import DataError, PassError
+from redpass.fingerprint import fingerprint
 from redpass.journal import JSON, Journal
 from redpass.program import Program
 
@@ -57,7 +58,7 @@ class Facts:
 
         For figures that take a run over the calibration data. They come back as JSON holds them.
         """
-        return self.journal.recall(f"{name}, program {self.program.digest[:16]}", compute)
+        return self.journal.recall(f"{name}, program {fingerprint(self.program)}", compute)
 
     def data(self) -> Batches:
         """Returns the calibration data. Raises `DataError` when there is none."""

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from redpass.budget.spec import Budget
+from redpass.fingerprint import fingerprint
 from redpass.program import Program
 from redpass.record import QualityRecord, from_json
 from redpass.verify.estimate import Estimate
@@ -32,7 +33,8 @@ def measure(
     Args:
         outputs: gives the program's output on a batch; None runs the program.
     """
-    name = f"quality, {split}, {len(originals.batches)} batches, program {program.digest[:16]}"
+    count = len(originals.batches)
+    name = f"quality, {split}, {count} batches, program {fingerprint(program)}"
 
     def compute() -> dict[str, object]:
         found = _measure(budget, program, originals, split, outputs)
