@@ -11,28 +11,22 @@ A linear with a bias is decomposed on the covariance: the new bias makes up for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from redpass.analysis.fisher import fisher
-from redpass.analysis.flow import Flow
-from redpass.analysis.linears import Linear, linears
+from redpass.analysis.linears import linears
 from redpass.analysis.low_rank_sites import Site, factored, sites
 from redpass.analysis.observers import CrossGram, Observer, Spread
-from redpass.analysis.statistics import Statistics, collect, footprint
-from redpass.analysis.stream_statistics import total
-from redpass.analysis.structure import Branch, structure
+from redpass.analysis.statistics import Statistics, collect, portions
+from redpass.analysis.stream_shares import Scales
 from redpass.analysis.whitening import Decomposition, centred, decompose, shrunk
 from redpass.facts import Facts
 from redpass.plan import Edit
 from redpass.program import Program
-
-SUMS = 1 << 30
-"""Bytes of Gram matrices that one run over the data sums up; more take several runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +76,16 @@ def whitened(program: Program, facts: Facts) -> Mapping[str, LowRank]:
         DataError: no calibration data, or values that are NaN or infinite.
     """
     found: dict[str, LowRank] = {}
-    todo = list(facts.get(sites).found.values())
-    scales = _Scales(program, facts)
-    for group in _in_memory(program, todo):
-        sums = collect(program, _observers(group, scales), facts.data(), labels=_labels(group))
-        for site in group:
-            found[site.label] = _decomposed(program, site, sums, scales, facts)
-    return {label: found[label] for label in facts.get(sites).found}
+    known = facts.get(sites).found
+    scales = Scales(program, facts)
+    wanted = {label: tuple(_observers(site, scales)) for label, site in known.items()}
+    for group in portions(program, wanted):
+        observers = [observer for label in group for observer in wanted[label]]
+        labels = {node: label for label in group for node in _nodes(known[label])}
+        sums = collect(program, observers, facts.data(), labels=labels)
+        for label in group:
+            found[label] = _decomposed(program, known[label], sums, scales, facts)
+    return found
 
 
 def by_fisher(program: Program, facts: Facts) -> Mapping[str, LowRank]:
@@ -141,33 +138,19 @@ def _measured(program: Program, item: LowRank) -> Decomposition:
     return replace(cut, energies=energies)
 
 
-def _in_memory(program: Program, todo: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites whose Gram matrices fit in memory together; neighbours, which share inputs."""
-    group: list[Site] = []
-    for site in todo:
-        grams = [CrossGram(x.input, x.input) for s in (*group, site) for x in s.linears]
-        if group and footprint(program, grams) > SUMS:
-            yield group
-            group = []
-        group.append(site)
-    if group:
-        yield group
+def _observers(site: Site, scales: Scales) -> Iterator[Observer]:
+    for linear in site.linears:
+        yield CrossGram(linear.input, linear.input)
+        yield Spread(linear.node)
+        yield from map(Spread, scales.values(linear))
 
 
-def _observers(group: Iterable[Site], scales: _Scales) -> Iterator[Observer]:
-    for site in group:
-        for linear in site.linears:
-            yield CrossGram(linear.input, linear.input)
-            yield Spread(linear.node)
-            yield from map(Spread, scales.values(linear))
-
-
-def _labels(group: Iterable[Site]) -> dict[str, str]:
-    return {node: s.label for s in group for x in s.linears for node in (x.input, x.node)}
+def _nodes(site: Site) -> list[str]:
+    return [node for linear in site.linears for node in (linear.input, linear.node)]
 
 
 def _decomposed(
-    program: Program, site: Site, sums: Statistics, scales: _Scales, facts: Facts
+    program: Program, site: Site, sums: Statistics, scales: Scales, facts: Facts
 ) -> LowRank:
     gram = torch.zeros(site.shape[1], site.shape[1], dtype=torch.float64)
     means: list[Tensor | None] = []
@@ -185,44 +168,3 @@ def _decomposed(
         tokens += moments.tokens
     cut = decompose(site.linears[0].matrix(program), gram)
     return LowRank(site, cut, tuple(means), cut.rank(), tokens, whole)
-
-
-class _Scales:
-    """What a squared error of a linear's output is worth, in shares of the squared stream."""
-
-    def __init__(self, program: Program, facts: Facts) -> None:
-        self.program, self.branches = program, facts.get(structure).branches
-
-    @cached_property
-    def _branch_of(self) -> dict[str, Branch]:
-        return {name: branch for branch in self.branches for name in branch.path}
-
-    @cached_property
-    def _exits(self) -> frozenset[str]:
-        """The linears whose output is what a branch adds, up to views and copies."""
-        flow = Flow(self.program)
-        nodes = self.program.nodes
-        return frozenset(flow.peel(nodes[branch.exit]).name for branch in self.branches)
-
-    def values(self, linear: Linear) -> tuple[str, ...]:
-        """The nodes whose squares are needed besides the linear's own output."""
-        branch = self._branch_of.get(linear.node)
-        return () if branch is None else (branch.exit, total(branch))
-
-    def of(self, linear: Linear, sums: Statistics, *, is_centred: bool) -> float:
-        """The factor from squared error per token to predicted loss."""
-        own = _square(sums, linear.node, is_centred=is_centred)
-        branch = self._branch_of.get(linear.node)
-        if branch is None:
-            return 1.0 / own
-        stream = _square(sums, total(branch))
-        if linear.node in self._exits:
-            return 1.0 / stream
-        return _square(sums, branch.exit) / stream / own
-
-
-def _square(sums: Statistics, name: str, *, is_centred: bool = False) -> float:
-    """The squared norm per token, or the variance."""
-    mean, square = sums.mean(Spread(name))
-    found = (square - mean.square()).clamp_min(0.0) if is_centred else square
-    return max(float(found.sum()), 1e-30)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,9 @@ from redpass.verify.inputs import complete
 
 LIMIT = 4 << 30
 """Bytes that all sums of one run may take together."""
+
+PORTION = 1 << 30
+"""Bytes of the sums that one run makes where several runs can share the work."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,26 @@ def footprint(program: Program, observers: Iterable[Observer]) -> int:
     """Returns how many bytes the sums of these observers take, without running anything."""
     tokens = Tokens(program)
     return sum(8 * math.prod(_shape(o, tokens)) for o in dict.fromkeys(observers))
+
+
+def portions(
+    program: Program, wanted: Mapping[str, Iterable[Observer]], limit: int = PORTION
+) -> Iterator[list[str]]:
+    """Splits places in groups whose sums fit in memory together, each for a run of its own.
+
+    Args:
+        wanted: place -> what is to be observed for it; neighbours may share observers.
+        limit: bytes of a group's sums; a place that takes more is a group by itself.
+    """
+    group: list[str] = []
+    for place in wanted:
+        together = [observer for each in (*group, place) for observer in wanted[each]]
+        if group and footprint(program, together) > limit:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def collect(
