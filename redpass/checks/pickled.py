@@ -20,8 +20,18 @@ AGAIN = "save it again with torch.save"
 MAX_PICKLE, MAX_STEPS = 64 << 20, 2_000_000
 """Bytes and instructions of the pickle itself, without the tensors, which lie beside it."""
 
+FUNCTIONS = frozenset(
+    f"torch.nn.functional.{name}"
+    for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "softmax", "leaky_relu", "elu")
+) | {"torch._C._nn.gelu"}
+"""Functions that modules of PyTorch keep as attributes."""
+
 _HARMLESS = re.compile(
-    r"torch(\.\w+)*|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"torch\.nn\.modules\.\w+\.[A-Z_]\w*|torch\.nn\.parameter\.\w+"
+    r"|torch\.(cuda\.|sparse\.|cuda\.sparse\.)?[A-Z]\w*(Storage|Tensor)"
+    r"|torch\.(Size|Tensor|device|bool|(bfloat|float|complex|uint|int|quint|qint|bits)\d\w*|per_\w+)"
+    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_\w+|torch\.serialization\._get_layout"
+    r"|torch\.storage\.[A-Z]\w*|collections\.(OrderedDict|Counter)|_codecs\.encode"
     r"|builtins\.(set|bytearray|complex)"
 )
 """Names that PyTorch may know; whether it does is asked where PyTorch is there."""
@@ -49,7 +59,7 @@ def check(path: Path, allow: Collection[str] = ()) -> list[str]:
         raise LoadError("TorchScript, which holds code", file=path, hint="save an nn.Module")
     found = _names(path, members)
     for name in found:
-        if name not in allow and not _HARMLESS.fullmatch(name):
+        if name not in allow and name not in FUNCTIONS and not _HARMLESS.fullmatch(name):
             raise not_allowed(name, path)
     return found
 

@@ -11,7 +11,6 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -96,6 +95,8 @@ def symbolic_mode(dims: Dims) -> tuple[FakeTensorMode, dict[str, SymInt]]:
 
 
 def _symbol(environment: ShapeEnv, name: str, size: int) -> SymInt:
+    from torch._dynamo.source import ConstantSource  # half a second that a refused file saves
+
     source = ConstantSource(name)
     with _named(name):
         symbol = environment.create_symbol(size, source, DimDynamic.DYNAMIC)

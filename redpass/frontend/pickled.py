@@ -19,12 +19,6 @@ from torch import Tensor, nn
 from redpass.checks import pickled as checks
 from redpass.errors import LoadError, UsageError
 
-FUNCTIONS = frozenset(
-    f"torch.nn.functional.{name}"
-    for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "softmax", "leaky_relu", "elu")
-) | {"torch._C._nn.gelu"}
-"""Functions that modules of PyTorch keep as attributes."""
-
 FORM = "module='package.module:function', a function without arguments that builds the module"
 
 
@@ -72,7 +66,7 @@ def _permitted(
     for name in names:
         if name in builtin:
             continue
-        if name in FUNCTIONS or _is_module_class(name):
+        if name in checks.FUNCTIONS or _is_module_class(name):
             found.append((_resolve(name), name))
         elif name in allow:
             found.append((_user_class(name), name))

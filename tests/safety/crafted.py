@@ -143,6 +143,21 @@ def _pickle(protocol: int) -> Callable[[Good, Path], Path]:
     return make
 
 
+class Download:
+    """Asks a plain unpickler to fetch a file by a function of PyTorch's own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.hub.download_url_to_file, ("http://localhost:1/x", str(self.path))
+
+
+def _download(good: Good, folder: Path) -> Path:
+    (folder / "model.pt").write_bytes(pickled([Download(good.canary)]))
+    return folder / "model.pt"
+
+
 def _bare(good: Good, folder: Path) -> Path:
     (folder / "model.pt").write_bytes(pickle.dumps(Canary(good.canary)))
     return folder / "model.pt"
@@ -273,6 +288,11 @@ def _set_spec(model: Any) -> None:
     model["graph_module"]["module_call_graph"][0]["signature"]["out_spec"] = SPEC
 
 
+def _rename_weight(model: Any) -> None:
+    specs = model["graph_module"]["signature"]["input_specs"]
+    next(spec["parameter"] for spec in specs if "parameter" in spec)["parameter_name"] = "lost"
+
+
 def _json(text: bytes) -> Callable[[Good, Path], Path]:
     return _pt2(lambda _: (lambda n, d: text if n.startswith("models/") else d, {}))
 
@@ -293,6 +313,7 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "pt: bare pickle": (_bare, "no zip archive"),
     "pt: malicious, protocol 2": (_pickle(2), "posix.mkdir"),
     "pt: malicious, protocol 4": (_pickle(4), "STACK_GLOBAL"),
+    "pt: malicious function of PyTorch": (_download, "torch.hub.download_url_to_file"),
     "pt: endless steps": (_steps, "instructions"),
     "pt: name twice": (_names("good/x", "good/X"), "occurs twice"),
     "pt: name goes up": (_names("good/../../x"), "leaves the archive"),
@@ -332,6 +353,24 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     ),
     "pt2: tree spec": (_pt2(lambda _: (_model(_set_spec), {})), "tree spec"),
     "pt2: deep": (_json(b"[" * 1_000_000), "not JSON"),
+    "pt2: another schema": (
+        _pt2(lambda _: (_model(lambda m: m["graph_module"].pop("signature")), {})),
+        "has no 'signature'",
+    ),
+    "pt2: a value nobody gives": (
+        _pt2(lambda _: (_model(lambda m: _graph(m)["nodes"].pop(0)), {})), "nothing before gives it"
+    ),
+    "pt2: a weight by a wrong name": (
+        _pt2(lambda _: (_model(_rename_weight), {})), "the weight 'lost' is missing"
+    ),
+    "pt2: unknown format": (
+        _pt2(lambda _: (lambda n, d: b"9" if n == "archive_version" else d, {})),
+        "no version of this format",
+    ),
+    "pt2: no list of weights": (
+        _pt2(lambda _: (lambda n, d: None if n.endswith("weights_config.json") else d, {})),
+        "a member is missing",
+    ),
     "pt2: many values": (_json(b"[" + b"[]," * 5_000_000 + b"1]"), "values"),
     "pt2: long number": (_json(b'{"a": ' + b"9" * 100_000 + b"}"), "not JSON"),
     "pt2: no model": (_pt2(lambda _: (lambda n, d: None if "models/" in n else d, {})), "0 models"),

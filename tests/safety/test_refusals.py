@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -61,19 +63,38 @@ def test_refusing_needs_no_torch(good: crafted.Good, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_names_of_pytorch_that_do_harm_are_refused_by_the_loader(
-    good: crafted.Good, tmp_path: Path
-) -> None:
-    import torch
+def test_names_that_pytorch_allows_are_not_refused_before_it_is_asked() -> None:
+    from torch import _weights_only_unpickler as unpickler
+    from torch import nn
 
-    class Download:
-        def __reduce__(self):
-            return torch.hub.download_url_to_file, ("http://localhost:1/x", str(good.canary))
+    from redpass.checks import pickled
 
-    torch.save([Download()], tmp_path / "m.pt")
-    with pytest.raises(LoadError, match=r"torch\.hub\.download_url_to_file.*not allowed"):
-        load(tmp_path / "m.pt", inputs=["x:float32[1,4]"])
-    assert not good.canary.exists()
+    classes = [kind for kind in vars(nn.modules).values() if inspect.isclass(kind)]
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
+    for name in names | set(unpickler._get_allowed_globals()):
+        assert pickled._HARMLESS.fullmatch(name), name
+
+
+def test_the_schema_is_the_one_pytorch_reads_by() -> None:
+    from torch._export.serde import schema
+
+    from redpass.checks import pt2_schema
+
+    found = pt2_schema.installed()
+    assert set(found.records) >= {pt2_schema.ROOT, pt2_schema.WEIGHTS}
+    for name, record in found.records.items():
+        kind = getattr(schema, name)
+        assert {field.name for field in dataclasses.fields(kind)} == record.fields.keys()
+        assert record.is_union == issubclass(kind, schema._Union)
+    for name, numbers in found.numbers.items():
+        assert {value.value for value in getattr(schema, name)} == numbers
+
+
+def test_without_a_schema_nothing_is_refused_for_its_types() -> None:
+    from redpass.checks import pt2_schema
+
+    assert pt2_schema.fault([], pt2_schema.ROOT, pt2_schema.Schema({}, {})) == ("", "")
+    assert pt2_schema.fault([], pt2_schema.ROOT) == ("", "[] is no object")
 
 
 def test_a_folder_as_the_cache_of_the_hub_lays_it_out(good: crafted.Good, tmp_path: Path) -> None:
