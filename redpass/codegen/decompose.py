@@ -1,11 +1,13 @@
-"""Writes `redpass::` ops back as the ATen ops of their reference, for files that other tools read.
+"""Writes `redpass::` ops back as ATen ops: for files that other tools read, and to run on a CPU.
 
-The reference of an op is its definition, so what is put in its place computes the same.
+The reference of an op is its definition, so what is put in its place computes the same. On a CPU
+it is also faster: a call of an op that is written in Python costs as much as ten ATen calls
+(`benchmarks/results/op_overhead.md`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from redpass import ops, rewrite
 from redpass.codegen import ops as kernels_of
+from redpass.codegen.ops.op import Op
 from redpass.errors import PassError
+from redpass.fake import fake_mode
 from redpass.plan import Action, Edit, Insert, Ref, Replace, SetWeight, WeightRef
 from redpass.program import Program
 
@@ -27,10 +31,39 @@ def decompose(program: Program) -> Program:
     """
     if not has_ops(program):
         return program
-    kernels_of.register()
-    found = [_action(program, node) for node in program.graph.nodes if _is_op(node)]
-    after = rewrite.apply(program, found)
+    after = _written_back(program, _reference)
     return replace(after, weights=_whole(after.weights))
+
+
+def as_run(program: Program) -> Program:
+    """Returns `program` as it is run where its weights are: no `redpass::` op on a CPU.
+
+    Raises:
+        PassError: an op whose reference cannot be traced.
+    """
+    devices = {tensor.device.type for tensor in program.weights.values()}
+    if devices != {"cpu"} or not has_ops(program):
+        return program
+    return _written_back(program, _inline)
+
+
+Form = Callable[[Op], Callable[..., Any]]
+"""Which of the functions of an op is put in its place."""
+
+
+def _reference(op: Op) -> Callable[..., Any]:
+    return op.reference
+
+
+def _inline(op: Op) -> Callable[..., Any]:
+    return op.inline or op.reference
+
+
+def _written_back(program: Program, form: Form) -> Program:
+    kernels_of.register()
+    traced: dict[str, fx.GraphModule] = {}
+    nodes = [node for node in program.graph.nodes if _is_op(node)]
+    return rewrite.apply(program, [_action(program, node, form, traced) for node in nodes])
 
 
 def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,12 +92,21 @@ def _is_op(node: fx.Node) -> bool:
     return ops.namespace(node) == "redpass" and ops.base_name(node) in kernels_of.OPS
 
 
+def _kind(value: Any) -> tuple[str, ...]:
+    """What a trace depends on."""
+    if not isinstance(value, Tensor):
+        return (str(value),)
+    return str(tuple(value.shape)), str(value.stride()), str(value.dtype), str(value.device)
+
+
 SAME = (*ops.COPIES - {"clone", "contiguous"}, "view_as")
 """What a trace writes down and a graph without aliasing does not need."""
 
 
-def _action(program: Program, node: fx.Node) -> Action:
-    trace = _Trace(program, node)
+def _action(
+    program: Program, node: fx.Node, form: Form, traced: dict[str, fx.GraphModule]
+) -> Action:
+    trace = _Trace(program, node, form, traced)
     try:
         edits = tuple(trace.edits())
     except PassError:
@@ -76,10 +118,15 @@ def _action(program: Program, node: fx.Node) -> Action:
 
 @dataclass
 class _Trace:
-    """The reference of one node, traced on its operands' fake values."""
+    """A function of the op of one node, traced on its operands' fake values.
+
+    `traced` keeps the traces: the layers of a model are alike.
+    """
 
     program: Program
     node: fx.Node
+    form: Form
+    traced: dict[str, fx.GraphModule]
     named: dict[fx.Node, Any] = field(default_factory=dict)
 
     def edits(self) -> Iterator[Edit]:
@@ -95,21 +142,28 @@ class _Trace:
                 yield from self._results(step.args[0])
 
     def _traced(self) -> fx.GraphModule:
-        op = kernels_of.OPS[ops.base_name(self.node)]
         operands = self.node.all_input_nodes
         names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
         arguments = [ops.argument(self.node, name) for name in names]
-
-        def run(*given: Any) -> Any:
-            known = dict(zip(operands, given, strict=True))
-            return op.reference(*fx.node.map_arg(arguments, known.__getitem__))
-
-        values = [operand.meta["val"] for operand in operands]
-        with rewrite.fake_mode(self.program):
-            module = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        kinds = {node: (at, _kind(node.meta["val"])) for at, node in enumerate(operands)}
+        key = repr((str(self.node.target), fx.node.map_arg(arguments, kinds.__getitem__)))
+        if key not in self.traced:
+            self.traced[key] = self._trace(operands, arguments)
+        module = self.traced[key]
         places = [step for step in module.graph.nodes if step.op == "placeholder"]
         self.named = {p: Ref(o.name) for p, o in zip(places, operands, strict=True)}
         return module
+
+    def _trace(self, operands: list[fx.Node], arguments: list[Any]) -> fx.GraphModule:
+        function = self.form(kernels_of.OPS[ops.base_name(self.node)])
+
+        def run(*given: Any) -> Any:
+            known = dict(zip(operands, given, strict=True))
+            return function(*fx.node.map_arg(arguments, known.__getitem__))
+
+        values = [operand.meta["val"] for operand in operands]
+        with fake_mode(self.program):
+            return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
     def _step(self, step: fx.Node) -> Iterator[Edit]:
         source = step.args[0] if step.args else None

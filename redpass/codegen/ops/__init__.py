@@ -17,6 +17,7 @@ from redpass.codegen.ops import (
 )
 from redpass.codegen.ops.dispatch import KernelWarning, use_configs_of
 from redpass.codegen.ops.op import Config, Op, register_ops
+from redpass.program import RUN_FORMS
 
 _ALL = (
     add_norm,
@@ -32,8 +33,15 @@ OPS: dict[str, Op] = {folder.OP.name: folder.OP for folder in _ALL}
 
 
 def register() -> None:
-    """Makes `torch.ops.redpass.<name>` of every op known to PyTorch. May be called again."""
+    """Makes `torch.ops.redpass.<name>` of every op known to PyTorch. May be called again.
+
+    Programs then run without them where their weights are on a CPU.
+    """
+    from redpass.codegen.decompose import as_run
+
     register_ops(OPS, dispatch.run)
+    if as_run not in RUN_FORMS:
+        RUN_FORMS.append(as_run)
 
 
 __all__ = ["OPS", "Config", "KernelWarning", "Op", "register", "use_configs_of"]

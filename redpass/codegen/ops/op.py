@@ -62,6 +62,8 @@ class Op:
         refuses: "" or the reason why the kernel does not take these arguments. Cheap: it is
             asked at each call. What holds for all ops (dtype, device) is not its business.
         cpu: what runs on the CPU in place of the reference, where something faster was measured.
+        inline: what stands for it in a graph that runs on the CPU, for all sizes, where something
+            faster than the reference was measured.
         pays: whether the kernel is the better choice here; where it is not, the reference runs
             and nothing is said.
         kind: what the kernel is specialised by: each new kind passes a self-test first.
@@ -82,6 +84,7 @@ class Op:
     configs: Callable[..., tuple[Config, ...]]
     samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
     cpu: Callable[..., Any] | None = None
+    inline: Callable[..., Any] | None = None
     pays: Callable[..., bool] = lambda *arguments: True  # noqa: ARG005
 
 

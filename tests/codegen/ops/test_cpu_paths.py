@@ -9,7 +9,8 @@ import torch
 
 from redpass.codegen.ops import OPS
 from redpass.codegen.ops.checking import disagreement
-from redpass.codegen.ops.clustered_attention import cpu
+from redpass.codegen.ops.clustered_attention.cpu import FEW_QUERIES, without_copies
+from redpass.codegen.ops.rotary.cpu import SMALL
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 Draw = Callable[..., torch.Tensor]
@@ -31,10 +32,12 @@ def agrees(name: str, *arguments) -> torch.Tensor:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotated", [32, 12])
 def test_rotary(dtype, interleaved, rotated, draw) -> None:
-    q, k = draw(2, 7, 4, 32).transpose(1, 2).to(dtype), draw(2, 1, 7, 32).to(dtype)
-    cos, sin = (draw(1, 7, rotated).to(dtype) for _ in range(2))
-    found = agrees("rotary", q, k, cos, sin, interleaved)
-    assert all(t.is_contiguous() for t in found)
+    """Few positions run the chain of the reference, many write straight into the result."""
+    for length in (7, SMALL // 256):
+        q, k = draw(2, length, 4, 32).transpose(1, 2).to(dtype), draw(2, 1, length, 32).to(dtype)
+        cos, sin = (draw(1, length, rotated).to(dtype) for _ in range(2))
+        found = agrees("rotary", q, k, cos, sin, interleaved)
+        assert all(t.is_contiguous() for t in found)
 
 
 def test_rotary_with_tables_of_another_dtype(draw) -> None:
@@ -42,27 +45,51 @@ def test_rotary_with_tables_of_another_dtype(draw) -> None:
     agrees("rotary", q, k, draw(1, 7, 32), draw(1, 7, 32), False)
 
 
-@pytest.mark.parametrize("at_once", [2**20, 40])
+@pytest.mark.parametrize("queries", [3, FEW_QUERIES + 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", ["none", "boolean", "added", "of one row"])
+@pytest.mark.parametrize("mask", ["none", "boolean", "added", "of one row", "of two axes"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_clustered_attention(dtype, mask, causal, at_once, draw, monkeypatch) -> None:
-    """A hidden row gives zeros; some queries at a time give what all at once do."""
-    monkeypatch.setattr(cpu, "AT_ONCE", at_once)
-    q, k, v = (draw(2, h, n, 16).to(dtype) for h, n in ((2, 6), (2, 9), (4, 9)))
-    seen = draw(1, 1, 1 if mask == "of one row" else 6, 9) > 0
+def test_clustered_attention(dtype, mask, causal, queries, draw) -> None:
+    """A hidden row gives zeros; few queries share weights, many read shared keys in place."""
+    q, k, v = (draw(2, h, n, 16).to(dtype) for h, n in ((2, queries), (2, 9), (4, 9)))
+    seen = draw(1, 1, 1 if mask == "of one row" else queries, 9) > 0
     seen[..., 2:3, :] = False
+    seen = seen[0, 0] if mask == "of two axes" else seen
     added = torch.where(seen, 0.0, float("-inf")).to(dtype)
     chosen = {"none": None, "added": added}.get(mask, seen)
     for clusters, values in (([0, 0, 1, 1], []), ([1, 0, 1, 1], [3, 1, 0, 2])):
-        agrees("clustered_attention", q, k, v, clusters, [], values, chosen, causal, -1, None)
+        arguments = (q, k, v, clusters, [], values, chosen, causal, -1, None)
+        agrees("clustered_attention", *arguments)
+        found = without_copies(*arguments)
+        assert disagreement(OPS["clustered_attention"], arguments, found) == ""
 
 
-def test_shared_keys_and_no_sharing(draw) -> None:
+@pytest.mark.parametrize("queries", [1, FEW_QUERIES + 1])
+@pytest.mark.parametrize(("groups", "count", "wide"), [(2, 4, 4), (2, 4, 8), (1, 2, 2), (4, 4, 4)])
+def test_shared_keys(groups, count, wide, queries, draw) -> None:
+    """Key heads of several clusters, value heads of several heads, transposed and per cluster."""
+    clusters = [head * count // 8 for head in range(8)]
+    q, k, v = (draw(2, n, h, 16).transpose(1, 2)
+               for h, n in ((count, queries), (groups, 9), (wide, 9)))  # fmt: skip
+    mask = draw(2, count, queries, 9) > -0.5
+    agrees("clustered_attention", q, k, v, clusters, [], [], None, False, 0, 0.2)
+    agrees("clustered_attention", q, k, v, clusters, [], [], mask, False, 0, None)
+
+
+def test_no_sharing_and_keys_in_another_order(draw) -> None:
     q, k, v = draw(2, 4, 6, 16), draw(2, 2, 9, 16), draw(2, 2, 9, 16)
     agrees("clustered_attention", q, k, v, [0, 1, 2, 3], [], [], None, False, 0, None)
     clusters = [0, 0, 1, 1, 2, 2, 3, 3]
     agrees("clustered_attention", q, k, v, clusters, [0, 1, 1, 0], [], None, False, 0, 0.2)
+
+
+def test_shared_keys_are_not_copied(draw) -> None:
+    """What is attended to is the memory that was given: nothing as large is allocated."""
+    q, k, v = draw(1, 2, 40, 8), draw(1, 2, 4096, 8), draw(1, 8, 4096, 8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        without_copies(q, k, v, [0] * 4 + [1] * 4, [], [], None, False, 0, None)
+    largest = max(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert largest < k.nbytes
 
 
 def test_empty(draw) -> None:

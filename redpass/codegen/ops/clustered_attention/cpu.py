@@ -1,7 +1,8 @@
-"""Clustered attention on the CPU: the weights of a cluster are computed once.
+"""Clustered attention on the CPU, without copies of keys and values.
 
-PyTorch's fused attention leaves its fast path where values are wider than keys, so it cannot share
-weights. Two matrix products and a softmax, on as many queries at a time as fit in the cache, do.
+PyTorch's fused attention takes heads that read the same memory: clusters become its batch, and
+queries and keys are expanded in place of being gathered. For few queries, two products and a
+softmax with each cluster's weights computed once are faster still.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from redpass.codegen.ops.clustered_attention.reference import (
     chosen_heads,
@@ -18,8 +20,8 @@ from redpass.codegen.ops.clustered_attention.reference import (
     spread,
 )
 
-AT_ONCE = 2**20
-"""Scores held at a time, about 4 MB."""
+FEW_QUERIES = 16
+"""Up to so many, fused attention is slower than separate products (`benchmarks/op_overhead.py`)."""
 
 WIDE = (torch.float32, torch.float64)
 """Where scores may be rounded to their own dtype before the softmax, as they are here."""
@@ -38,42 +40,61 @@ def shared_weights(
     scale: float | None,
 ) -> Tensor:
     """Returns what `clustered_attention` does, by the same arguments."""
-    (batch, count, queries, width), heads = q.shape, len(clusters)
-    if heads == count or q.dtype not in WIDE:
-        rest = (clusters, keys, values, mask, causal, offset, scale)
-        return clustered_attention(q, k, v, *rest)
+    count, heads = q.shape[1], len(clusters)
+    if heads == count or q.shape[2] > FEW_QUERIES or q.dtype not in WIDE:
+        return without_copies(q, k, v, clusters, keys, values, mask, causal, offset, scale)
     mask = seen_keys(q, k, mask, causal, offset)
     k = chosen_heads(k, spread(keys, count, k.shape[1]))
     v = chosen_heads(v, spread(values, heads, v.shape[1]))
-    out = q.new_empty((batch, heads, queries, v.shape[3]))
-    step = max(1, AT_ONCE // max(1, batch * count * k.shape[2]))
-    q = q * (width**-0.5 if scale is None else scale)
-    for start in range(0, queries, step):
-        rows = slice(start, start + step)
-        weights = _softmax(q[:, :, rows] @ k.mT, mask, rows)
-        _weighted(weights, v, list(clusters), out[:, :, rows])
+    q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+    weights = _softmax(q @ k.mT, mask)
+    out: Tensor = weights[:, list(clusters)] @ v
     return out
 
 
-def _softmax(scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.softmax(scores, -1)
-    seen = mask[..., rows, :] if mask.shape[-2] > 1 else mask
-    scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    hidden = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if hidden else scores + mask
     weights: Tensor = torch._safe_softmax(scores, -1)
     return weights
 
 
-def _weighted(weights: Tensor, v: Tensor, clusters: list[int], out: Tensor) -> None:
-    """Writes each head's weighted values.
+def without_copies(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clusters: Sequence[int],
+    keys: Sequence[int],
+    values: Sequence[int],
+    mask: Tensor | None,
+    causal: bool,
+    offset: int,
+    scale: float | None,
+) -> Tensor:
+    """Returns what `clustered_attention` does by one fused attention that gathers no keys.
 
-    One product for each place in a cluster, rather than one for all: that would copy the weights,
-    which costs more than calls do, but for a single query.
+    Heads that are not spread evenly and in order are gathered after all.
     """
-    count, heads = weights.shape[1], len(clusters)
-    if weights.shape[2] == 1 or clusters != spread([], heads, count) or heads % count:
-        out.copy_(torch.matmul(weights[:, clusters], v))
-        return
-    wide, results = v.unflatten(1, (count, -1)), out.unflatten(1, (count, -1))
-    for index in range(heads // count):
-        results[:, :, index] = torch.matmul(weights, wide[:, :, index])
+    (count, groups, wide), heads = (t.shape[1] for t in (q, k, v)), len(clusters)
+    even = count % groups == 0 and heads % count == 0 and heads % wide == 0 and wide % groups == 0
+    maps = ((clusters, heads, count), (keys, count, groups), (values, heads, wide))
+    if not even or any(list(told or spread([], n, m)) != spread([], n, m) for told, n, m in maps):
+        rest = (clusters, keys, values, mask, causal, offset, scale)
+        return clustered_attention(q, k, v, *rest)
+    mask = seen_keys(q, k, mask, causal, offset)
+    if mask is not None and mask.dim() == 4:
+        mask = _grouped(mask.expand(q.shape[0], count, -1, -1), groups, heads)
+    batch, (q, k, v) = q.shape[0], (_grouped(t, groups, heads) for t in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    found: Tensor = out.unflatten(0, (batch, groups)).flatten(1, 2).contiguous()
+    return found
+
+
+def _grouped(x: Tensor, groups: int, heads: int) -> Tensor:
+    """[b, n, s, d] -> [b groups, heads / groups, s, d], each of the n repeated in place."""
+    if x.shape[1] not in (groups, heads):
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    parts: Tensor = x.unflatten(1, (groups, x.shape[1] // groups)).flatten(0, 1)
+    return parts.expand(-1, heads // groups, -1, -1)

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from redpass.codegen.ops.rotary.reference import rotary
 
+SMALL = 2**15
+"""Elements of queries below which calls cost more than memory (`benchmarks/op_overhead.py`)."""
+
 
 def rotary_in_place(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns what `rotary` does; each element is written twice, where the chain writes four."""
-    if not q.dtype == k.dtype == cos.dtype == sin.dtype:
+    if q.numel() < SMALL or not q.dtype == k.dtype == cos.dtype == sin.dtype:
         return rotary(q, k, cos, sin, interleaved)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
