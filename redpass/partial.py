@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from redpass.fake import is_same_size
 from redpass.plan import Ref
 from redpass.program import Program
 
@@ -103,6 +104,8 @@ def _is_same(
 ) -> bool:
     if old.op != new.op or old.target != new.target or new.op == "output":
         return False
+    if new.op == "placeholder":
+        return is_same_size(old.meta.get("val"), new.meta.get("val"))
     if new.op == "get_attr":
         return before.weights[str(old.target)] is after.weights[str(new.target)]
     if any(operand.name not in same for operand in new.all_input_nodes):

@@ -189,8 +189,9 @@ def _pad(mask: Tensor, side: str) -> Tensor:
 def complete(program: Program, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the program's inputs from a batch, with what a batch may leave out.
 
-    An empty past for state, a mask of ones, positions counted over the mask, zeros for token
-    types. Values of another width (int32, float32 for bfloat16) are cast; extras are ignored.
+    An empty past for state (made anew where the batch has one: heads may be fewer by now), a mask
+    of ones, positions counted over the mask, zeros for token types. Values of another width
+    (int32, float32 for bfloat16) are cast; extras are ignored.
 
     Raises:
         DataError: an input that is missing and cannot be made up.
@@ -199,9 +200,10 @@ def complete(program: Program, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
     state = {name for name, _ in program.signature.state}
     values = {}
     for port in program.signature.inputs:
-        if port.name in batch:
+        is_past = port.name in state
+        if port.name in batch and not (is_past and batch[port.name].numel() == 0):
             values[port.name] = _as_port(port, batch[port.name])
-        elif port.name in state:
+        elif is_past:
             values[port.name] = torch.zeros(concrete(port.shape, sizes), dtype=port.dtype)
         else:
             values[port.name] = _default(port, batch, sizes)

@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from redpass.analysis import structure
 from redpass.data import Batches
+from redpass.fake import is_same_size
 from redpass.partial import Part, unchanged
 from redpass.program import Program
 from redpass.verify.inputs import complete
@@ -105,13 +106,23 @@ class Prefix:
         return {node: values[port] for node, port in zip(self._inputs, ports, strict=True)}
 
     def _fresh_inputs(self, program: Program, number: int, tail: Part) -> dict[str, Tensor]:
-        """Inputs of the program that the base has not."""
-        names = {node.name for node in program.inputs} & tail.needs - self.base.nodes.keys()
+        """Inputs of the program that the base has not, or has with other sizes."""
+        known = self.base.nodes
+        names = {
+            node.name
+            for node in program.inputs
+            if node.name in tail.needs
+            and not (node.name in known and is_same_size(*map(_value, (known[node.name], node))))
+        }
         if not names:
             return {}
         values = complete(program, self.batches[number])
         pairs = zip(program.inputs, program.signature.inputs, strict=True)
         return {node.name: values[port.name] for node, port in pairs if node.name in names}
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
 
 
 def _bytes(value: Any) -> int:
