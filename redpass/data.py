@@ -125,6 +125,27 @@ def row_digests(batch: Batch) -> list[str]:
     return digests
 
 
+def refuse_short_rows(batches: Batches) -> None:
+    """Raises `DataError` at the first row of less than two tokens.
+
+    A language model says nothing of the first token of a row: such a row measures nothing, and
+    its statistics are those of a first token alone.
+    """
+    for number, batch in enumerate(batches):
+        tokens = batch.get("input_ids")
+        if tokens is None or tokens.dim() != 2:
+            continue
+        mask = batch.get("attention_mask", torch.ones_like(tokens))
+        lengths = (mask != 0).sum(dim=1)
+        if int(lengths.min()) < 2:
+            raise DataError(
+                f"a row of {int(lengths.min())} token(s), at least 2 are needed",
+                file=batches.source,
+                place=f"batch {number}, row {int(lengths.argmin())}",
+                hint="leave out the rows that are that short",
+            )
+
+
 def _check_finite(batch: Batch, number: int, source: str) -> None:
     for name, value in batch.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

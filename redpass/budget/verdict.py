@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from redpass.budget.accounting import cost_record
 from redpass.budget.quality import measure
 from redpass.budget.spec import Budget, doubts, worst_case
+from redpass.data import refuse_short_rows
 from redpass.errors import BudgetError
 from redpass.plan import Action
 from redpass.program import Program
@@ -41,9 +42,12 @@ def check_possible(budget: Budget, original: Program, data: Data) -> None:
     """Raises before any search when the data are too few or the untouched model misses.
 
     Raises:
-        DataError: data that a metric cannot be measured on.
+        DataError: rows of less than two tokens, or data that a metric cannot be measured on.
         BudgetError: a limit that the original itself does not hold.
     """
+    if original.origin.task == "causal-lm":
+        for split in ("calibration", "choosing", "reporting"):
+            refuse_short_rows(data(split).batches)
     for limit in budget.limits:
         for split in ("choosing", "reporting"):
             find_metric(limit.metric).check(original, data(split).batches)
