@@ -40,6 +40,21 @@ def check(path: Path) -> list[zipfile.ZipInfo]:
     return members
 
 
+def file_size(path: Path, hint: str) -> int:
+    """Returns the bytes of a plain file. Raises `LoadError`, with `hint` when it is not there."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        text = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise LoadError(text, file=path, hint=hint) from error
+    except OSError as error:
+        found, hint = f"cannot be read: {error.strerror}", "check its permissions and links"
+        raise LoadError(found, file=path, hint=hint) from error
+    if not path.is_file():
+        raise LoadError("is no file", file=path, hint=hint)
+    return size
+
+
 def is_archive(path: Path) -> bool:
     """Whether the file starts like a zip archive."""
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from redpass.checks import safetensors
+from redpass.checks import archive, safetensors
 from redpass.errors import LoadError
 
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
@@ -122,13 +122,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of bounded size. Raises `LoadError`."""
+    if archive.file_size(path, "a Hugging Face folder holds config.json") > MAX_CONFIG:
+        hint = "fetch the file again"
+        raise LoadError(f"larger than {MAX_CONFIG} bytes", file=path, hint=hint)
     try:
-        if not path.is_file():
-            hint = "a Hugging Face folder holds config.json"
-            raise LoadError("no such file", file=path, hint=hint)
-        if path.stat().st_size > MAX_CONFIG:
-            hint = "fetch the file again"
-            raise LoadError(f"larger than {MAX_CONFIG} bytes", file=path, hint=hint)
         value = parse(path.read_bytes())
     except OSError as error:
         hint = "check its permissions"

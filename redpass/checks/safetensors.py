@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from redpass.checks import archive
 from redpass.errors import LoadError
 
 WIDTHS = {
@@ -102,13 +103,7 @@ def check_file(path: Path) -> dict[str, Any]:
 
 
 def _size(path: Path) -> int:
-    try:
-        if not path.is_file():
-            raise LoadError("no such file", file=path, hint="fetch all files of the model")
-        size = path.stat().st_size
-    except OSError as error:
-        hint = "check its permissions and links"
-        raise LoadError(f"cannot be read: {error.strerror}", file=path, hint=hint) from error
+    size = archive.file_size(path, "fetch all files of the model")
     if not size:
         raise LoadError("empty file", file=path, hint=FETCH)
     return size

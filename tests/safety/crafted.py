@@ -258,6 +258,32 @@ def _loop(_: Good, folder: Path) -> Path:
     return folder / "model.pt2"
 
 
+def _truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _cut_pt2(good: Good, folder: Path) -> Path:
+    path = Path(shutil.copy(good.pt2, folder / "model.pt2"))
+    _truncate(path)
+    return path
+
+
+def _to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _twice(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + size].rstrip()
+    first = text[1:].partition(b"}")[0] + b"}"
+    text = b"{" + first + b"," + text[1:]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
 def _pipe(_: Good, folder: Path) -> Path:
     os.mkfifo(folder / "model.pt2")
     return folder / "model.pt2"
@@ -308,6 +334,7 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "pt: git-lfs pointer": (_written("model.pt", POINTER.encode()), "git-lfs pointer"),
     "pt2: git-lfs pointer": (_written("model.pt2", POINTER.encode()), "git-lfs pointer"),
     "pt: truncated": (_cut, "truncated"),
+    "pt2: truncated": (_cut_pt2, "truncated"),
     "pt2: changed byte": (_changed, "checksum"),
     "pt: text": (_written("model.pt", b"hello\n" * 100), "no zip archive"),
     "pt: bare pickle": (_bare, "no zip archive"),
@@ -390,6 +417,16 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "hf: weights pointer": (
         _folder(lambda f: (f / "model.safetensors").write_text(POINTER) and None), "git-lfs pointer"
     ),
+    "hf: weights truncated": (
+        _folder(lambda f: _truncate(f / "model.safetensors")), "truncated|does not fit|hole|end"
+    ),
+    "hf: weights are a loop": (
+        _folder(lambda f: _to_itself(f / "model.safetensors")), "loop|Too many levels"
+    ),
+    "hf: config is a loop": (
+        _folder(lambda f: _to_itself(f / "config.json")), "loop|Too many levels"
+    ),
+    "hf: a name twice": (_folder(_twice), "twice"),
     "hf: pickles only": (_folder(_only_pickles), "only pickled weights"),
     "hf: remote code": (
         _config(model_type="mystery", auto_map={"AutoModel": "evil.Model"}), "transformers knows"
