@@ -73,8 +73,9 @@ def _replayed(
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether replaying takes the calibration data of the run: a repair computes weights anew."""
-    return any(is_repair(pass_) for spec, _ in recipe.passes for pass_ in parse_passes(spec))
+    """Whether replaying takes the calibration data of the run: weights are computed from them."""
+    passes = (pass_ for spec, _ in recipe.passes for pass_ in parse_passes(spec))
+    return any(is_repair(pass_) or getattr(pass_, "fits", False) for pass_ in passes)
 
 
 def bisect(
