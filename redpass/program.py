@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -101,6 +102,16 @@ class Program:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+
+    def __repr__(self) -> str:
+        """One line; `text` is the whole graph."""
+        floats = [(name, w) for name, w in self.weights.items() if w.is_floating_point()]
+        counts = {
+            name if w.is_meta else w.untyped_storage().data_ptr(): w.numel() for name, w in floats
+        }
+        name = PurePath(self.origin.path).name
+        nodes, parameters = len(self.graph.nodes), sum(counts.values())
+        return f"Program({self.origin.kind}, {name}, {nodes} nodes, {parameters:,} parameters)"
 
     @cached_property
     def nodes(self) -> Mapping[str, fx.Node]:

@@ -69,6 +69,13 @@ def test_tied_weights_buffers_and_constants_are_weights(tied):
     assert len(program.origin.digest) == 64
 
 
+def test_a_program_is_shown_in_one_line_with_tied_weights_once(tied):
+    module, program = tied
+    count = sum(parameter.numel() for parameter in module.parameters()) + module.table.numel() + 1
+    nodes = len(program.nodes)
+    assert repr(program) == f"Program(module, test, {nodes} nodes, {count:,} parameters)"
+
+
 def test_gradient_regions_are_inlined_and_labels_kept(tied):
     _, program = tied
     linear = next(n for n in program.graph.nodes if n.name == "linear")
