@@ -77,15 +77,14 @@ class Sizes:
     def give(self, node: fx.Node) -> None:
         """Gives a new node its value.
 
-        While sizes are changing its operands' values may be old ones: what fails now is computed
-        by `propagate`.
+        While sizes are changing its operands' values may be old ones, and calls that fail are
+        logged by torch at length: all but sizes read off inputs are left to `propagate`.
         """
-        try:
-            node.meta["val"] = fake_call(self.mode, node)
-        except Exception:
-            if not self.changed:
-                raise
+        reads_input = any(operand.op == "placeholder" for operand in node.all_input_nodes)
+        if self.changed and not (reads_input and ops.is_call(node, "sym_size")):
             self.changed.add(node)
+        else:
+            node.meta["val"] = fake_call(self.mode, node)
 
     def resize(self, source: fx.Node, axis: int, size: int) -> None:
         """Gives an input another size on one axis."""

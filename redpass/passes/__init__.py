@@ -1,9 +1,11 @@
 """The passes, in the order the pipeline runs them. Adding one: a file, and a line here."""
 
+from redpass.passes.cache_latents import CacheLatents
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_constant_channels import DropConstantChannels
 from redpass.passes.drop_dead_nodes import DropDeadNodes
 from redpass.passes.drop_identity_gathers import DropIdentityGathers
+from redpass.passes.drop_key_channels import DropKeyChannels
 from redpass.passes.drop_layers import DropLayers
 from redpass.passes.drop_neutral_operands import DropNeutralOperands
 from redpass.passes.drop_noops import DropNoops
@@ -53,6 +55,8 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FactorLinears,
     MapStream,
     PruneChannels,
+    CacheLatents,
+    DropKeyChannels,
     RefitProjections,
 )
 """Approximate: they run when asked for by name."""
