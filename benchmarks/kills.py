@@ -1,15 +1,21 @@
 """Kills `redpass optimize` at random moments and resumes it: same bytes, hardly anything twice.
 
-    python benchmarks/kills.py [--kills 20] [--rows 256] [--model vit] [--seed 0]
+    python benchmarks/kills.py [--kills 20] [--rows 256] [--model vit] [--seed 0] [--look 0]
 
 Cost is processor time of the killed and the resumed run together against one undisturbed run.
 Runs are forked from a process that has PyTorch, so its import does not count. Loading, tracing and
-the exact passes are done twice whatever the journal holds: their share shrinks as the search grows.
+planning are done twice whatever the journal holds: their share shrinks as the search grows.
+
+With --look N only one run goes to its end. The journal is laid out as each kill would leave it, and
+the resumed run is stopped after N new records: all that it repeats lies before them, and what
+follows costs what it cost the undisturbed run. So runs of minutes can be measured; the bytes of the
+results are compared without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -20,6 +26,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 VARYING = {"report.json", "report.html", "manifest.json"}
@@ -33,16 +40,20 @@ class Done:
     code: int
     cpu: float
     wall: float
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
 
-def start(words: list[str], counts: Path, after: float | None = None) -> Done:
-    """Runs `redpass` with `words` in a fork, and kills it `after` so many seconds."""
+def start(words: list[str], counts: Path, after: float | None = None, look: int = 0) -> Done:
+    """Runs `redpass` with `words` in a fork, and kills it `after` so many seconds.
+
+    Args:
+        look: end it after so many new records.
+    """
     counts.unlink(missing_ok=True)
     began = time.monotonic()
     child = os.fork()
     if not child:
-        os._exit(_command(words, counts))
+        os._exit(_command(words, counts, look))
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -55,17 +66,30 @@ def start(words: list[str], counts: Path, after: float | None = None) -> Done:
     return Done(code, usage.ru_utime + usage.ru_stime, wall, found)
 
 
-def _command(words: list[str], counts: Path) -> int:
+def _command(words: list[str], counts: Path, look: int) -> int:
     from redpass import journal
     from redpass.cli import main
 
     opened, real = [], journal.Journal.open.__func__  # type: ignore[attr-defined]
+    append, began, seen = journal._append, time.process_time(), []
+
+    def write(path: Path, text: str) -> None:
+        append(path, text)
+        seen.append((time.process_time() - began, str(path), text))
+        if look and sum('"format"' not in line for _, _, line in seen) == look:
+            finish()
+            os._exit(0)
+
+    def finish() -> None:
+        found = {name: sum(getattr(j, name) for j in opened) for name in ("computed", "recalled")}
+        counts.write_text(json.dumps({**found, "seen": seen}))
+
+    journal._append = write
     journal.Journal.open = classmethod(  # type: ignore[method-assign,assignment]
         lambda *a, **k: opened.append(real(*a, **k)) or opened[-1]
     )
     code = main(words)
-    found = {name: sum(getattr(j, name) for j in opened) for name in ("computed", "recalled")}
-    counts.write_text(json.dumps(found))
+    finish()
     return code
 
 
@@ -110,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--model", default="vit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--look", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         sweep(Path(name), options)
@@ -125,7 +150,13 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     ]  # fmt: skip
     whole = start(words, counts)
     expected = model_files(out)
-    print(f"undisturbed: {whole.cpu:.0f} s of processor time, {whole.wall:.0f} s, {whole.counts}")
+    told = {name: count for name, count in whole.counts.items() if name != "seen"}
+    print(
+        f"undisturbed: {whole.cpu:.0f} s of processor time, {whole.wall:.0f} s, {told}", flush=True
+    )
+    if options.look:
+        laid_out(whole, words, counts, options)
+        return
     chance, ratios, wrong, repeated = random.Random(options.seed), [], 0, []
     for number in range(options.kills):
         killed = start(words, counts, chance.uniform(0.02, 0.98) * whole.wall)
@@ -137,7 +168,8 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
         ratios.append((killed.cpu + again.cpu) / whole.cpu)
         wrong += not same
         print(
-            f"{number:3d}: killed with {kept} records, {again.counts}, same bytes: {same}, "
+            f"{number:3d}: killed with {kept} records, {again.counts['computed']} computed in the "
+            f"rest, same bytes: {same}, "
             f"cost {100 * (ratios[-1] - 1):+.1f}%",
             flush=True,
         )
@@ -148,6 +180,31 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
         f"worst {100 * (max(ratios) - 1):+.1f}%"
     )
     sys.exit(bool(wrong or max(repeated) > 0))
+
+
+def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Namespace) -> None:
+    """Resumes from journals as kills would have left them, up to what is new."""
+    chance, ratios, seen = random.Random(options.seed), [], whole.counts["seen"]
+    for number in range(options.kills):
+        at = chance.uniform(0.02, 0.98) * whole.cpu
+        kept = [(path, text) for moment, path, text in seen if moment <= at]
+        for path in {path for _, path, _ in seen}:
+            lines = [text for name, text in kept if name == path]
+            sums = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in lines)
+            Path(path).write_text("".join(map("{} {}\n".format, sums, lines)))
+        again = start([*words, "--resume"], counts, look=options.look)
+        end = len(kept) + options.look
+        rest = whole.cpu - seen[end - 1][0] if kept and end <= len(seen) else 0.0
+        ratios.append((at + again.cpu + rest) / whole.cpu)
+        print(
+            f"{number:3d}: killed after {at:.0f} s with {len(kept)} records, {again.cpu:.1f} s to "
+            f"{again.counts['computed']} new ones, cost {100 * (ratios[-1] - 1):+.1f}%",
+            flush=True,
+        )
+    print(
+        f"cost of {options.kills} kills: median {100 * (statistics.median(ratios) - 1):+.1f}%, "
+        f"worst {100 * (max(ratios) - 1):+.1f}%"
+    )
 
 
 if __name__ == "__main__":
