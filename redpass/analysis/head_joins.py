@@ -128,6 +128,13 @@ class Job:
         is_even = all(self.of(self.site.sides[kind]) == evenly for kind in ("key", "value"))
         return bool(ops.argument(core.node, "enable_gqa")) and is_even and counts[0] == counts[1]
 
+    def loses_groups(self, side: Side) -> bool:
+        """Whether the core shared a side's heads by itself, and cannot go on doing so."""
+        core = self.site.core
+        is_sdpa = ops.is_call(core.node, "scaled_dot_product_attention")
+        shared = is_sdpa and side.kind != "query" and ops.argument(core.node, "enable_gqa")
+        return bool(shared) and not self.is_grouped()
+
     def index(self, what: str, of: tuple[int, ...]) -> WeightRef:
         """Returns a new weight that holds places of heads."""
         name = f"{self.site.label}.{what}".replace("/", ".")
@@ -156,7 +163,7 @@ class _Join:
         job, side = self.job, self.side
         nodes = side.operand.nodes | {side.node}
         is_same = job.parts[side.kind] is None and job.heads.new == job.heads.old
-        if is_same and job.of(side) == side.of_head:
+        if is_same and job.of(side) == side.of_head and not job.loses_groups(side):
             job.forms.run(nodes - job.skipped)
             return
         narrow, wide, axis = self._borders()

@@ -1,6 +1,7 @@
 """The passes, in the order the pipeline runs them. Adding one: a file, and a line here."""
 
 from redpass.passes.cache_latents import CacheLatents
+from redpass.passes.cluster_heads import ClusterHeads
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_constant_channels import DropConstantChannels
 from redpass.passes.drop_dead_nodes import DropDeadNodes
@@ -23,6 +24,7 @@ from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
 from redpass.passes.merge_linears import MergeLinears
 from redpass.passes.prune_channels import PruneChannels
+from redpass.passes.prune_heads import PruneHeads
 from redpass.passes.refit_projections import RefitProjections
 from redpass.passes.reuse_layers import ReuseLayers
 from redpass.passes.share_layers import ShareLayers
@@ -55,6 +57,8 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FactorLinears,
     MapStream,
     PruneChannels,
+    ClusterHeads,
+    PruneHeads,
     CacheLatents,
     DropKeyChannels,
     RefitProjections,
