@@ -18,7 +18,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_cases import Case, Maker, Rates, cases, floor, percent
 
+import redpass
 from redpass.codegen import tuning
 from redpass.codegen.folder import versions
 from redpass.codegen.ops import register
-from redpass.codegen.tune import Timer, device_timer, tune
+from redpass.codegen.tune import Timer, device_timer, rivals_of, tune
+from redpass.lowering import lower, on_device
+from redpass.program import Program
+from redpass.verify.inputs import random_inputs
 
 ROOT = Path(__file__).parent.parent
 COPIED = 1 << 30
@@ -95,40 +99,29 @@ def measure_rates(timer: Timer, maker: Maker) -> Rates:
 
 def measure(case: Case, timer: Timer, rates: Rates, timings: list[tuning.Timing]) -> Row:
     """Tunes and times one case; what fails is a note, and the next case goes on."""
-    rewritten = timer(case.rival)
-    compiled = torch.compile(case.op.reference, dynamic=False)
-    rivals = {
-        "eager PyTorch": lambda: case.op.reference(*case.arguments),
-        "torch.compile": lambda: compiled(*case.arguments),
-    }
-    least = floor(case, rates)
-    compiled_time, note = _attempt(lambda: timer(rivals["torch.compile"]))
-    if refusal := case.op.refuses(*case.arguments):
-        return Row(case.op.name, case.label, math.nan, rewritten, case.rival_name, compiled_time,
-                   least, f"refused: {refusal}")  # fmt: skip
-    known = (
-        dict(rivals) if math.isfinite(compiled_time) else {"eager PyTorch": rivals["eager PyTorch"]}
-    )
-    timing = tune(case.op, case.arguments, timer, known)
-    if timing is None:
-        return Row(case.op.name, case.label, math.nan, rewritten, case.rival_name, compiled_time,
-                   least, "no configuration works")  # fmt: skip
-    timings.append(timing)
-    return Row(case.op.name, case.label, timing.micros, rewritten, case.rival_name, compiled_time,
-               least, note)  # fmt: skip
-
-
-def _attempt(call: Callable[[], float]) -> tuple[float, str]:
+    rivals, noted = rivals_of(case.op, case.arguments), [""]
+    rewritten, least = timer(case.rival), floor(case, rates)
     try:
-        return call(), ""
+        compiled = timer(rivals["torch.compile"])
     except Exception as error:
-        return math.nan, f"torch.compile: {type(error).__name__}"
+        compiled, noted = math.nan, [f"torch.compile: {type(error).__name__}"]
+        del rivals["torch.compile"]
+    kernel = math.nan
+    if refusal := case.op.refuses(*case.arguments):
+        noted.append(f"refused: {refusal}")
+    elif timing := tune(case.op, case.arguments, timer, rivals):
+        timings.append(timing)
+        kernel = timing.micros
+    else:
+        noted.append("no configuration works")
+    note = ", ".join(filter(None, noted))
+    return Row(case.op.name, case.label, kernel, rewritten, case.rival_name, compiled, least, note)
 
 
-def markdown(rows: Iterable[Row], rates: Rates, about: Mapping[str, str], tail: str = "") -> str:
+def markdown(rows: Iterable[Row], rates: Rates, where: Mapping[str, str], tail: str = "") -> str:
     """Returns the table with what it was measured on."""
     lines = ["# Kernels on a GPU", "", "Made by `python benchmarks/gpu.py`.", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
+    lines += [f"- {key}: {value}" for key, value in where.items()]
     lines += [
         f"- copy: {rates.bandwidth / 1e12:.2f} TB/s read and written",
         f"- GEMM: {rates.operations / 1e12:.0f} TFLOP/s",
@@ -144,10 +137,8 @@ def markdown(rows: Iterable[Row], rates: Rates, about: Mapping[str, str], tail: 
     return "\n".join(lines) + "\n" + tail
 
 
-def about_device() -> dict[str, str]:
+def about(device: tuning.Device) -> dict[str, str]:
     """Returns the card, its driver and the versions that the figures depend on."""
-    device = tuning.this_device()
-    assert device is not None
     return {
         "GPU": device.name,
         "driver": device.driver,
@@ -155,31 +146,42 @@ def about_device() -> dict[str, str]:
     } | versions()
 
 
-def model_rows(timer: Timer) -> list[tuple[str, float, float]]:
-    """Times a Llama of 8B with random weights: (sizes, as traced, lowered), in microseconds."""
+LLAMA: Mapping[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rope_theta": 500000.0,
+}  # fmt: skip
+"""Llama 3 of 8B, as its configuration names the sizes."""
+
+
+def model(sizes: Mapping[str, Any], dtype: torch.dtype) -> Program:
+    """Returns a Llama of these sizes with random weights on the CPU, optimized."""
     import transformers
 
-    import redpass
-    from redpass.lowering import lower, on_device
-    from redpass.verify.inputs import random_inputs
-
-    os.environ["REDPASS_CHECK"] = "rules"  # float64 runs of 8B on the CPU take hours
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
-        rope_theta=500000.0, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device("cpu"):
-        module = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    program = redpass.optimize(redpass.load(module)).program
-    found = []
-    both = [on_device(p, "cuda") for p in (program, lower(program, "triton").program)]
-    for sizes in MODEL_SIZES:
-        values = {k: v.cuda() for k, v in random_inputs(program, sizes).items()}
-        times = [timer(functools.partial(p, **values)) for p in both]
-        found.append((", ".join(f"{k} {v}" for k, v in sizes.items()), *times))
-    return found
+    config = transformers.LlamaConfig(**sizes, dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return redpass.optimize(redpass.load(module)).program
+
+
+def model_rows(program: Program, timer: Timer, device: str) -> list[tuple[str, float, float]]:
+    """Times a program: (sizes, as it is, with kernels), in microseconds.
+
+    One after the other: both together would need the memory of two.
+    """
+    found: list[list[float]] = [[] for _ in MODEL_SIZES]
+    for current in (program, lower(program, "triton").program):
+        moved = on_device(current, device)
+        for times, sizes in zip(found, MODEL_SIZES, strict=True):
+            values = {k: v.to(device) for k, v in random_inputs(program, sizes).items()}
+            times.append(timer(functools.partial(moved, **values)))
+    labels = [", ".join(f"{k} {v}" for k, v in sizes.items()) for sizes in MODEL_SIZES]
+    return [(label, before, after) for label, (before, after) in zip(labels, found, strict=True)]
 
 
 def model_table(rows: Iterable[tuple[str, float, float]]) -> str:
@@ -197,31 +199,60 @@ def main() -> None:
     device = tuning.this_device()
     if device is None:
         raise SystemExit("no CUDA GPU here: nothing was measured; run this on a machine with one")
-    register()
     if options.tests:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/codegen"]
         subprocess.run(command, cwd=ROOT, check=True)
-    maker, timings = Maker(), list[tuning.Timing]()
-    rates = measure_rates(device_timer, maker)
-    rows = []
+    os.environ["REDPASS_CHECK"] = "rules"  # float64 runs of 8B on the CPU take hours
+    run(device, Maker(), device_timer, options.out, options.cache, LLAMA if options.model else None)
+
+
+def run(
+    device: tuning.Device, maker: Maker, timer: Timer, out: Path, cache: Path | None,
+    llama: Mapping[str, Any] | None,
+) -> None:  # fmt: skip
+    """Measures all cases of `maker` and a model, and writes tables and the tuning cache.
+
+    The table is written before the model is run: that takes minutes, and much memory.
+
+    Args:
+        out: folder of `gpu.md` and `gpu.json`.
+        cache: folder of the timings; the user's cache folder if None.
+        llama: sizes of the model, None for no model.
+    """
+    register()
+    timings, rows = list[tuning.Timing](), list[Row]()
+    rates, where = measure_rates(timer, maker), about(device)
     for case in cases(maker):
-        rows.append(measure(case, device_timer, rates, timings))
+        rows.append(measure(case, timer, rates, timings))
         print(" | ".join(rows[-1].cells), flush=True)
         torch.cuda.empty_cache()
-    tuning.write(tuning.cache_folder(options.cache), device, timings)
-    ends = model_rows(device_timer) if options.model else []
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, rates, about_device(), model_table(ends) if ends else "")
-    (options.out / "gpu.md").write_text(text)
+    tuning.write(tuning.cache_folder(cache), device, timings)
     data: dict[str, Any] = {
-        "about": about_device(),
+        "about": where,
         "rates": asdict(rates),
         "rows": [asdict(row) for row in rows],
-        "model": ends,
         "timings": [asdict(timing) for timing in timings],
     }
-    (options.out / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(text)
+    write(out, markdown(rows, rates, where), data)
+    if llama is not None:
+        ends = model_rows(model(llama, maker.dtype), timer, maker.device)
+        write(out, markdown(rows, rates, where, model_table(ends)), {**data, "model": ends})
+    print((out / "gpu.md").read_text())
+
+
+def write(out: Path, text: str, data: Mapping[str, Any]) -> None:
+    """Writes `gpu.md` and `gpu.json`; what was not measured is null there."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.md").write_text(text)
+    (out / "gpu.json").write_text(json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _options() -> argparse.Namespace:

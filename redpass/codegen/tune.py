@@ -42,7 +42,12 @@ def device_timer(call: Callable[[], Any]) -> float:
 
 
 def rivals_of(op: Op, arguments: Arguments) -> dict[str, Callable[[], Any]]:
-    """Returns what would run without the kernel: the reference, eager and compiled."""
+    """Returns what would run without the kernel: the reference, eager and compiled.
+
+    Forgets what was compiled before: PyTorch compiles a function for a handful of shapes only,
+    and runs it uncompiled from then on.
+    """
+    torch.compiler.reset()
     compiled = torch.compile(op.reference, dynamic=False)
     return {
         "eager PyTorch": lambda: op.reference(*arguments),
