@@ -1,100 +1,186 @@
-"""What a `redpass::` op costs on the CPU beside the ATen operators it stands for.
+"""What `redpass::` ops cost on the CPU beside the ATen operators they stand for.
 
-    python benchmarks/op_overhead.py
+    python benchmarks/op_overhead.py [--out benchmarks/results]
 
-Each op is timed in turn with the chain of ATen calls that a traced model has in its place: process
-time, one thread, the median of alternating runs. Below 1.03 it costs nothing that matters.
+Each op is timed in turn with the chain of ATen calls that a model has in its place, two ways:
+
+- in a program: a graph of that chain, and a graph with the op; what users of `redpass` run;
+- called: `torch.ops.redpass.<op>` from Python, and the chain from Python.
+
+Process time, one thread; ratios are medians of alternating runs. Below 1.03 nothing is lost.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention as attend
 
+import redpass
 from redpass.codegen import ops
+from redpass.codegen.folder import versions
+from redpass.codegen.ops.latent_attention.reference import latent_attention
+from redpass.codegen.ops.rotary.reference import rotary
 
 SHAPES = ((1, 1), (1, 128), (4, 512))
 """(batch, positions)."""
 
-Case = tuple[str, Callable[[], Any], Callable[[], Any]]
+WIDTH, HEADS, HEAD, INNER, RANK = 768, 12, 64, 2048, 192
+"""Those of GPT-2, with a gated feed-forward and a factored linear."""
+
+PAST = 512
+"""Keys that one token attends to."""
+
+ROUNDS = 11
 
 
-def cases(batch: int, length: int) -> list[Case]:
-    """Returns (name, the op, what it replaces) at GPT-2's width."""
+@dataclass(frozen=True)
+class Side:
+    """A function, and what it is called on: the first is an input, the others are weights."""
+
+    function: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self) -> Any:
+        return self.function(*self.tensors)
+
+    def program(self) -> Callable[[], Any]:
+        """Returns a call of the module that a program of this function runs."""
+        x = self.tensors[0]
+        example = {"x": x}
+        shape = ",".join(map(str, x.shape))
+        program = redpass.load(_Module(self), example=example, inputs=[f"x:float32[{shape}]"])
+        module = program.module
+        for found, wanted in zip(module(x), _flat(self()), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        return lambda: module(x)
+
+
+class _Module(nn.Module):
+    def __init__(self, side: Side) -> None:
+        super().__init__()
+        self.function = side.function
+        for index, tensor in enumerate(side.tensors[1:]):
+            self.register_buffer(f"b{index}", tensor)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.buffers())
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+Case = tuple[str, Side, Side]
+"""Name, the op, what it stands for."""
+
+
+def cases(batch: int, length: int) -> Iterator[Case]:
+    """Yields every op at one shape."""
     torch.manual_seed(0)
-    width, heads, head, wide, rank = 768, 12, 64, 2048, 192
-    x, y = torch.randn(batch, length, width), torch.randn(batch, length, width)
-    weight = torch.randn(width)
-    gate, up = torch.randn(wide, width), torch.randn(wide, width)
-    low, high = torch.randn(rank, width), torch.randn(width, rank)
-    q = torch.randn(batch, length, heads, head).transpose(1, 2)
-    k, v = torch.randn_like(q), torch.randn_like(q)
-    table = torch.randn(1, length, head)
-    clusters = [index // 2 for index in range(heads)]
-    past = torch.randn(batch, heads, 512, head)
     call = torch.ops.redpass
-
-    def norm() -> Any:
-        total = x + y
-        return total, functional.rms_norm(total, (width,), weight, 1e-5)
-
-    def turn(t: torch.Tensor) -> torch.Tensor:
-        half = head // 2
-        turned = torch.cat((-t[..., half:], t[..., :half]), -1)
-        return t * table.unsqueeze(1) + turned * table.unsqueeze(1)
-
-    def attend(queries: torch.Tensor, keys: torch.Tensor) -> Any:
-        return functional.scaled_dot_product_attention(queries, keys, keys)
-
-    one = q[:, :, :1].contiguous()
-    few = [t[:, ::2].contiguous() for t in (q, k, one, past)]
-    return [
-        ("add_norm", lambda: call.add_norm(x, y, weight, None, 1e-5, "rms"), norm),
-        ("rotary", lambda: call.rotary(q, k, table, table, False), lambda: (turn(q), turn(k))),
-        (
-            "gated_feed_forward",
-            lambda: call.gated_feed_forward(x, gate, up, None, None, "silu"),
-            lambda: functional.silu(functional.linear(x, gate)) * functional.linear(x, up),
-        ),
-        (
-            "low_rank_linear",
-            lambda: call.low_rank_linear(x, low, high, weight, "none"),
-            lambda: functional.linear(functional.linear(x, low), high, weight),
-        ),
-        (
-            "clustered_attention, all heads apart",
-            lambda: call.clustered_attention(
-                q, k, v, list(range(heads)), [], [], None, False, 0, None
-            ),
-            lambda: functional.scaled_dot_product_attention(q, k, v),
-        ),
-        (
-            "clustered_attention, clusters of 2",
-            lambda: call.clustered_attention(
-                few[0], few[1], v, clusters, [], [], None, False, 0, None
-            ),
-            lambda: functional.scaled_dot_product_attention(q, k, v),
-        ),
-        (
-            "clustered_attention, clusters of 2, one token on 512",
-            lambda: call.clustered_attention(
-                few[2], few[3], past, clusters, [], [], None, False, 0, None
-            ),
-            lambda: attend(one, past),
-        ),
-    ]
+    x, y = torch.randn(batch, length, WIDTH), torch.randn(batch, length, WIDTH)
+    gain = torch.rand(WIDTH) + 0.5
+    yield (
+        "add_norm",
+        Side(lambda x, y, w: call.add_norm(x, y, w, None, 1e-5, "rms"), (x, y, gain)),
+        Side(_norm, (x, y, gain)),
+    )
+    gate, up = torch.randn(INNER, WIDTH), torch.randn(INNER, WIDTH)
+    yield (
+        "gated_feed_forward",
+        Side(lambda x, g, u: call.gated_feed_forward(x, g, u, None, None, "silu"), (x, gate, up)),
+        Side(_gated, (x, gate, up)),
+    )
+    factors = x, torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK), torch.randn(WIDTH)
+    yield (
+        "low_rank_linear",
+        Side(lambda x, d, u, b: call.low_rank_linear(x, d, u, b, "none"), factors),
+        Side(lambda x, d, u, b: functional.linear(functional.linear(x, d), u, b), factors),
+    )
+    q, k, v = (torch.randn(batch, length, HEADS, HEAD).transpose(1, 2) for _ in range(3))
+    tables = torch.randn(1, length, HEAD), torch.randn(1, length, HEAD)
+    yield (
+        "rotary",
+        Side(lambda q, k, c, s: call.rotary(q, k, c, s, False), (q, k, *tables)),
+        Side(lambda q, k, c, s: rotary(q, k, c, s, False), (q, k, *tables)),
+    )
+    yield from attention_cases("all positions", q, k, v)
+    yield from attention_cases(
+        f"one token on {PAST}",
+        torch.randn(batch, HEADS, 1, HEAD),
+        *(torch.randn(batch, HEADS, PAST, HEAD) for _ in range(2)),
+    )
+    yield latent_case(batch)
 
 
-def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float]:
-    """Returns the seconds of `theirs`, and those of `ours` over them."""
+def _norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, functional.rms_norm(total, (WIDTH,), weight, 1e-5)
+
+
+def _gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+
+
+def attention_cases(label: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
+    """Yields clusters of two heads against the heads spread out, and against all heads apart."""
+    clusters = [head // 2 for head in range(HEADS)]
+    few, shared = q[:, ::2].contiguous(), k[:, ::2].contiguous()
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return torch.ops.redpass.clustered_attention(
+            q, k, v, clusters, [], [], None, False, 0, None
+        )
+
+    def spread(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attend(q.repeat_interleave(2, 1), k.repeat_interleave(2, 1), v)
+
+    ours = Side(op, (few, shared, v))
+    name = f"clustered_attention, {label}"
+    yield f"{name}, against heads spread out", ours, Side(spread, (few, shared, v))
+    yield f"{name}, against all heads apart", ours, Side(attend, (spread_out(q), spread_out(k), v))
+
+
+def spread_out(x: Tensor) -> Tensor:
+    """Returns heads of which each second one is as the one before it."""
+    return x[:, ::2].repeat_interleave(2, 1)
+
+
+def latent_case(batch: int) -> Case:
+    """Returns one token over a latent cache of half the bytes."""
+    tensors = (
+        torch.randn(batch, HEADS, 1, HEAD),
+        torch.randn(batch, PAST, 3, 128), torch.randn(HEADS, HEAD, 128) / 8,
+        torch.randn(batch, PAST, 3, 128), torch.randn(HEADS, HEAD, 128) / 8,
+        torch.randn(1, PAST, HEAD // 2), torch.randn(1, PAST, HEAD // 2),
+    )  # fmt: skip
+
+    def op(*given: Tensor) -> Any:
+        return torch.ops.redpass.latent_attention(*given, None, False, None)
+
+    def chain(*given: Tensor) -> Any:
+        return latent_attention(*given, None, False, None)
+
+    return f"latent_attention, one token on {PAST}", Side(op, tensors), Side(chain, tensors)
+
+
+def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, float]:
+    """Returns the seconds of both, and those of `ours` over those of `theirs`."""
     count = max(1, int(0.01 / max(1e-7, seconds(theirs, 3))))
-    pairs = [(seconds(ours, count), seconds(theirs, count)) for _ in range(15)]
-    return statistics.median(b for _, b in pairs), statistics.median(a / b for a, b in pairs)
+    seconds(ours, 3)
+    pairs = [(seconds(ours, count), seconds(theirs, count)) for _ in range(ROUNDS)]
+    one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return one, other, statistics.median(a / b for a, b in pairs)
 
 
 def seconds(function: Callable[[], Any], count: int) -> float:
@@ -105,16 +191,42 @@ def seconds(function: Callable[[], Any], count: int) -> float:
     return (time.process_time() - start) / count
 
 
+HEAD_LINES = (
+    "| op | batch x positions | ATen in a program, µs | ratio | ATen called, µs | ratio |",
+    "|---|---|---|---|---|---|",
+)
+
+
 @torch.inference_mode()
 def main() -> None:
-    """Prints one line for each op and shape."""
+    """Prints and writes one line for each op and shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    out = parser.parse_args().out
     torch.set_num_threads(1)
     ops.register()
-    print(f"{'op':54} {'batch x positions':>18} {'ATen, us':>10} {'ratio':>6}")
+    lines = list(HEAD_LINES)
+    print("\n".join(lines))
     for batch, length in SHAPES:
         for name, ours, theirs in cases(batch, length):
-            base, found = ratio(ours, theirs)
-            print(f"{name:54} {f'{batch} x {length}':>18} {1e6 * base:10.1f} {found:6.2f}")
+            with torch.inference_mode(False), torch.no_grad():
+                programs = ours.program(), theirs.program()
+                _, base, held = ratio(*programs)
+            _, called, overhead = ratio(ours, theirs)
+            cells = (name, f"{batch} x {length}", f"{1e6 * base:.1f}", f"{held:.2f}",
+                     f"{1e6 * called:.1f}", f"{overhead:.2f}")  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+            write(out, lines)
+
+
+def write(out: Path, lines: list[str]) -> None:
+    """Writes `op_overhead.md`."""
+    about = ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
+    text = f"# What ops cost on the CPU\n\nMade by `python benchmarks/op_overhead.py`; {about}.\n\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "op_overhead.md").write_text(f"{text}{head.rstrip()}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

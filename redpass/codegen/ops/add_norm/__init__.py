@@ -19,8 +19,8 @@ from redpass.codegen.ops.op import Arguments, Config, Op, random_like
 WIDEST = 16384
 """Columns that one program holds in registers without spilling, at 16 warps."""
 
-TILE = 4096
-"""Elements of one program, at least: narrow rows are taken several at a time."""
+TILE = 8192
+"""Bytes of one program, about: narrow rows are taken several at a time."""
 
 
 def _fake(
@@ -87,8 +87,9 @@ def _probe(
 
 def _configs(x: Tensor, *others: Any) -> tuple[Config, ...]:
     block = max(16, 1 << (x.shape[-1] - 1).bit_length())
-    first = max(1, TILE // block) if x.numel() > 2**20 else 1
-    tries = [_config(block, rows) for rows in (first, 1, 2, 4, 8) if rows * block <= 2 * TILE]
+    fit = TILE // (block * x.element_size())
+    first = max(1, fit) if x.numel() > 2**20 else 1
+    tries = [_config(block, rows) for rows in (first, 1, 2, 4, 8) if rows <= 2 * fit]
     return tuple(dict.fromkeys(tries)) or (_config(block, 1),)
 
 

@@ -86,15 +86,15 @@ def without_copies(
     mask = seen_keys(q, k, mask, causal, offset)
     if mask is not None and mask.dim() == 4:
         mask = _grouped(mask.expand(q.shape[0], count, -1, -1), groups, heads)
-    batch, (q, k, v) = q.shape[0], (_grouped(t, groups, heads) for t in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    found: Tensor = out.unflatten(0, (batch, groups)).flatten(1, 2).contiguous()
-    return found
+    sizes = (q.shape[0], heads, q.shape[2], v.shape[3])
+    q, k, v = (_grouped(t, groups, heads) for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(sizes)
 
 
 def _grouped(x: Tensor, groups: int, heads: int) -> Tensor:
     """[b, n, s, d] -> [b groups, heads / groups, s, d], each of the n repeated in place."""
     if x.shape[1] not in (groups, heads):
         x = x.repeat_interleave(heads // x.shape[1], 1)
-    parts: Tensor = x.unflatten(1, (groups, x.shape[1] // groups)).flatten(0, 1)
-    return parts.expand(-1, heads // groups, -1, -1)
+    batch, count, length, width = x.shape
+    parts = x.reshape(batch * groups, count // groups, length, width)
+    return parts if count == heads else parts.expand(-1, heads // groups, -1, -1)
