@@ -1,8 +1,9 @@
 """Hugging Face folders: a result that plain transformers or diffusers loads, where one can.
 
-One architecture has one layout of weights. Fewer layers fit it, and so do other values of the same
-parameters; a rewritten graph does not. So the folder is written from the loaded model with the
-approximate actions alone (exact rewrites change no result), and is then compared with the result.
+One architecture has one layout of weights. Fewer layers fit it, other widths where its
+configuration names them, and other values of the same parameters; a rewritten graph does not. So
+the folder is written from the loaded model with the approximate actions alone (exact rewrites
+change no result), and is then compared with the result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from redpass.errors import ExportError, RedpassError
 from redpass.export.check import Report, check_outputs
-from redpass.export.layouts import Config, Layout, Shapes, fit
+from redpass.export.layouts import Layout, fit
+from redpass.export.narrower import Config, Shapes
 from redpass.export.surviving import Surviving, surviving
 from redpass.frontend import adapt, causal, huggingface
 from redpass.frontend.outputs import flatten
@@ -47,10 +49,29 @@ def to_huggingface(program: Program, path: str | Path) -> Report:
     source = _check_source(program)
     module = huggingface.open_folder(source).module
     left = _left(program)
+    values = _values(module, left)
+    layout = _layout(module, left, values, by_heads=True)
+    try:
+        return _written(program, source, module, layout, values, path)
+    except ExportError:
+        other = _layout(module, left, values, by_heads=False)
+        if other.config == layout.config:
+            raise
+        return _written(program, source, module, other, values, path)
+
+
+def _written(
+    program: Program,
+    source: Path,
+    module: nn.Module,
+    layout: Layout,
+    values: Mapping[str, Tensor],
+    path: Path,
+) -> Report:
+    """Writes one layout and checks it; the folder is gone again when that fails."""
     path.mkdir()
     try:
-        layout = _layout(module, left)
-        _write(module, layout, left, path)
+        _write(module, layout, values, path)
         _copy_rest(source, path)
         notes = _notes(program, layout, module)
         return check_outputs(program, _runner(program, path), path, notes)
@@ -82,13 +103,21 @@ def _left(program: Program) -> Surviving:
     return surviving(lineage.source, lineage.plain)
 
 
-def _layout(module: nn.Module, left: Surviving) -> Layout:
-    shapes = _shapes(module)
+def _layout(
+    module: nn.Module, left: Surviving, values: Mapping[str, Tensor], *, by_heads: bool
+) -> Layout:
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
     unknown = left.gone - shapes.keys()
     if unknown:
         text = "is no parameter of the model in the folder"
         raise ExportError(text, place=sorted(unknown)[0], hint="only a part of it was loaded")
-    return fit(_config(module), shapes, left.gone, lambda config: _shapes(_empty(module, config)))
+    return fit(
+        _config(module),
+        shapes,
+        left.gone,
+        lambda config: _shapes(_empty(module, config)),
+        by_heads=by_heads,
+    )
 
 
 def _shapes(module: nn.Module) -> Shapes:
@@ -112,9 +141,8 @@ def _empty(module: Any, config: Config) -> Any:
         return type(module)._from_config(made, dtype=module.dtype)
 
 
-def _write(module: Any, layout: Layout, left: Surviving, path: Path) -> None:
+def _write(module: Any, layout: Layout, values: Mapping[str, Tensor], path: Path) -> None:
     shell = _empty(module, layout.config)
-    values = _values(module, left)
     state = {new: values[old] for old, new in layout.names.items()}
     shell.load_state_dict(state, assign=True, strict=False)
     if hasattr(module, "generation_config"):

@@ -9,16 +9,12 @@ in several stages, is found the same way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from redpass.errors import ExportError
-
-Shapes = Mapping[str, tuple[int, ...]]
-Config = dict[str, Any]
-Build = Callable[[Config], Shapes]
-"""The parameters (name -> shape) of the model that a configuration describes. May raise."""
+from redpass.export.narrower import Build, Config, Shapes, narrower
 
 LAYER_WORDS = ("layer", "block", "type", "pattern", "index")
 """Words in the names of lists that have one entry for each layer, or hold numbers of layers."""
@@ -63,12 +59,16 @@ class Layout:
     names: Mapping[str, str]
 
 
-def fit(config: Config, shapes: Shapes, gone: frozenset[str], build: Build) -> Layout:
+def fit(
+    config: Config, shapes: Shapes, gone: frozenset[str], build: Build, *, by_heads: bool = True
+) -> Layout:
     """Returns the layout of a model that lost the parameters `gone`.
 
     Args:
         config: the source's configuration, all values spelt out.
-        shapes: the source's parameters.
+        shapes: the source's parameters, with the shapes that they have now.
+        build: gives the parameters of the model that a configuration describes; may raise.
+        by_heads: see `narrower`.
 
     Raises:
         ExportError: no configuration says it; names what is in the way.
@@ -80,6 +80,7 @@ def fit(config: Config, shapes: Shapes, gone: frozenset[str], build: Build) -> L
     names = {name: new for name in shapes if (new := _renamed(name, lists)) is not None}
     parts = frozenset(names[name] for name in gone if name in names)
     wanted = {new: shapes[old] for old, new in names.items() if new not in parts}
+    config = narrower(config, wanted, build, by_heads=by_heads)
     if parts:
         config = _without_parts(config, wanted, parts, build)
         names = {old: new for old, new in names.items() if new not in parts}

@@ -18,9 +18,11 @@ from redpass.data import Batches
 from redpass.errors import ExportError
 from redpass.export import to_huggingface
 from redpass.export.layouts import fit, shorter_lists
+from redpass.export.narrower import narrower
 from redpass.facts import Facts
 from redpass.lineage import extend
 from redpass.passes.drop_layers import DropLayers
+from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.refit_projections import RefitProjections
 from redpass.plan import Action, DropState, Replace, SetArgument, SetWeight, WeightRef
 from redpass.program import Lineage, Program
@@ -288,3 +290,73 @@ def test_lists_in_a_module_that_goes_are_not_counted() -> None:
     shapes = dict.fromkeys(names, (1,))
     lists = shorter_lists(shapes, frozenset(n for n in names if n.startswith("layers.1.")))
     assert [(item.prefix, item.kept) for item in lists] == [("layers", (0, 2))]
+
+
+def random_tokens(batches: int = 4) -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    return Batches(
+        tuple(
+            {"input_ids": torch.randint(61, (4, 12), generator=generator)} for _ in range(batches)
+        )
+    )
+
+
+def narrowed(program: Program, **options: Any) -> Program:
+    """The program with all feed-forwards cut to two thirds, by `prune_channels`."""
+    facts = Facts(program, random_tokens())
+    plan = PruneChannels(shares=(0.67,), kinds=("feed-forward",), **options).plan(program, facts)
+    assert plan.actions
+    after = rewrite.apply(program, plan.actions)
+    return replace(after, lineage=extend(program, program, plan.actions))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "bert"])
+def test_narrower_feed_forwards_are_a_number_of_the_configuration(
+    load: Load, name: str, tmp_path: Path
+) -> None:
+    program = load(name)
+    report = to_huggingface(narrowed(program, together=True), tmp_path / "hf")
+    assert max(report.worst.values()) <= 1
+    model, old = opened(tmp_path / "hf", name), opened(Path(program.origin.path), name)
+    config, before = model.config, old.config
+    if name == "gpt2":
+        assert (config.n_inner, before.n_inner) == (88, None)
+    else:
+        assert (config.intermediate_size, before.intermediate_size) == (32, 48)
+    less = sum(p.numel() for p in model.parameters())
+    assert less < sum(p.numel() for p in old.parameters())
+    if name in TALKERS:
+        ids = torch.arange(1, 13).view(2, 6)
+        made = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert made.shape == (2, 10)
+
+
+def test_layers_of_different_widths_are_told(load: Load, tmp_path: Path) -> None:
+    program = load("llama")
+    options = {"only": ("layers.0.feed-forward@32", "layers.1.feed-forward@40")}
+    with pytest.raises(
+        ExportError, match=r"(?s)different shapes in 3 layers.*together=True"
+    ) as error:
+        to_huggingface(narrowed(program, **options), tmp_path / "hf")
+    assert "down_proj" in str(error.value)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_numbers_that_say_sizes_are_found_by_trying() -> None:
+    def build(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        heads, groups = config["heads"], config["parts"]["kv_heads"]
+        if heads % groups:
+            raise ValueError("heads do not divide")
+        inner = config["inner"] or 4 * config["size"]
+        return {
+            "0.q": (heads * config["head_dim"], config["size"]),
+            "0.k": (groups * config["head_dim"], config["size"]),
+            "0.up": (inner, config["size"]),
+        }
+
+    config = {"size": 16, "heads": 8, "head_dim": 4, "inner": None, "parts": {"kv_heads": 4}}
+    wanted = {"0.q": (16, 16), "0.k": (8, 16), "0.up": (40, 16)}
+    found = narrower(config, wanted, build)
+    assert found == {**config, "heads": 4, "inner": 40, "parts": {"kv_heads": 2}}
+    with pytest.raises(ExportError, match=r"no number .* \[32, 15\] in place of \[32, 16\]"):
+        narrower(config, {"0.q": (32, 15)}, build)
