@@ -14,6 +14,7 @@ from pathlib import Path
 import redpass
 from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
+from redpass.budget.preflight import chosen_passes, grouped, preflight
 from redpass.budget.repair import is_repair, repair
 from redpass.budget.search import METHODS, Search
 from redpass.budget.spec import Budget, parse_budget
@@ -21,11 +22,10 @@ from redpass.budget.verdict import Verdict, check_possible, guilty, judge
 from redpass.config import Settings
 from redpass.data import Batches, Splits
 from redpass.engine import Engine
-from redpass.errors import BudgetError, DataError, PassError, UsageError, nearest
+from redpass.errors import BudgetError, PassError, UsageError, nearest
 from redpass.facts import Facts
 from redpass.journal import Journal, kept_until_done
-from redpass.passes import default_pipeline
-from redpass.passes.spec import format_passes, parse_passes
+from redpass.passes.spec import format_passes
 from redpass.plan import Exactness, Pass
 from redpass.program import Program
 from redpass.progress import Listener, Silent, track
@@ -73,6 +73,7 @@ def optimize(
     journal: Path | None = None,
     resume: bool = False,
     search: str = "greedy",
+    only_faster: bool = False,
 ) -> Result:
     """Optimises a program.
 
@@ -87,7 +88,10 @@ def optimize(
         journal: stem of the file that keeps what was measured until the result is written.
         resume: go on with what an earlier run of the same work left there.
         search: how candidates of approximate passes are chosen: `greedy` (each step measured) or
-            `one-shot` (in the order of the passes' own scores).
+            `allocated` (each place measured once, then rungs of all places by what they cost for
+            what they save) or `one-shot` (in the order of the passes' own scores).
+        only_faster: cuts of width stay only where the whole model is measured faster with them, or
+            a cache smaller.
 
     Raises:
         UsageError: an unknown pass, option, metric, or a budget that makes no sense.
@@ -101,36 +105,18 @@ def optimize(
         raise UsageError(
             f"unknown search '{search}'", place="--search", hint=nearest(search, METHODS)
         )
-    chosen = _passes(passes, budget)
-    _preflight(chosen, budget, data)
+    chosen = chosen_passes(passes, budget)
+    preflight(chosen, budget, data)
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())
     run.sizes = sizes or usual_sizes(program)
-    run.seed, run.command, run.method, run.is_named = seed, command, search, passes is not None
-    key = search + work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
+    run.seed, run.command, run.is_named = seed, command, passes is not None
+    run.method, run.only_faster = search, only_faster
+    key = f"{search} {only_faster} " + work_key(
+        program, chosen, budget, data, run.settings, run.sizes, seed
+    )
     run.journal = Journal.open(journal, key, fresh=not resume)
     with kept_until_done(run.journal, run.listener):
         return run.go(chosen)
-
-
-def _passes(passes: str | Sequence[Pass] | None, budget: Budget) -> tuple[Pass, ...]:
-    if passes is None:
-        return default_pipeline(approximate=bool(budget.limits))
-    return parse_passes(passes) if isinstance(passes, str) else tuple(passes)
-
-
-def _preflight(passes: Sequence[Pass], budget: Budget, data: Splits | None) -> None:
-    """Raises before any long work when the run cannot end well."""
-    lossy = [pass_.name for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
-    if lossy and not budget.limits:
-        raise BudgetError(
-            "an approximate pass needs a quality budget",
-            place=lossy[0],
-            hint="e.g. --budget 'kl<=0.02' (or 'cosine>=0.98' for embeddings)",
-        )
-    if lossy and data is None:
-        raise DataError(
-            "an approximate pass needs data to measure on", place=lossy[0], hint="pass --data FILE"
-        )
 
 
 @dataclass
@@ -145,6 +131,7 @@ class _Run:
     command: str = ""
     method: str = "greedy"
     is_named: bool = False
+    only_faster: bool = False
     journal: Journal = field(default_factory=Journal)
     _known: dict[tuple[str, int | None], Originals] = field(default_factory=dict)
 
@@ -206,6 +193,7 @@ class _Run:
             self._originals("choosing", FEW),
             self._originals("choosing"),
             self.method,
+            self.only_faster,
         )
         search.run(passes, only)
         self.searches.append(search)
@@ -273,21 +261,6 @@ class _Run:
             seed=self.seed,
             version=redpass.__version__,
         )
-
-
-def grouped(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
-    """Returns exact passes and repairs alone, approximate ones in a row as one search."""
-    groups: list[tuple[Pass, ...]] = []
-    for pass_ in passes:
-        if groups and all(_is_searched(each) for each in (pass_, groups[-1][0])):
-            groups[-1] = (*groups[-1], pass_)
-        else:
-            groups.append((pass_,))
-    return groups
-
-
-def _is_searched(pass_: Pass) -> bool:
-    return pass_.exactness is Exactness.APPROXIMATE and not is_repair(pass_)
 
 
 def _show(passes: Sequence[Pass], engine: Engine) -> None:

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from redpass.budget.allocation import allocated, measure_ladders
-from redpass.budget.at_once import take_at_once
+from redpass.budget.at_once import RIVAL, take_at_once
 from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses, predicted_saving
 from redpass.budget.curves import Path
 from redpass.budget.quality import Judge, Quality, figures
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
+from redpass.budget.speed import give_back
 from redpass.budget.trials import Trials
 from redpass.engine import Check, Engine
 from redpass.errors import RedpassError
@@ -47,6 +48,7 @@ class Search:
         first: its outputs on a few choosing batches, where hopeless candidates stop.
         choosing: its outputs on all the data that decide.
         method: one of `METHODS`.
+        only_faster: whether cuts of width that make the model no faster are given back.
     """
 
     engine: Engine
@@ -56,6 +58,7 @@ class Search:
     first: Originals
     choosing: Originals
     method: str = "greedy"
+    only_faster: bool = False
 
     def run(self, passes: Sequence[Pass], only: frozenset[str] = frozenset()) -> list[Action]:
         """Plans, tries the candidates, adopts what was accepted and returns it.
@@ -79,6 +82,8 @@ class Search:
             self._allocate(pool)
         else:
             self._at_once(best_guesses(pool))
+        if self.only_faster:
+            self._give_back()
         self._adopt()
         self._note_passes(plans, nodes, started)
         return self.accepted
@@ -197,10 +202,7 @@ class Search:
     def _accept(self, candidate: Candidate, quality: Quality) -> None:
         self.trials.accept(candidate)
         for old in self.trials.replaced:
-            self.engine.applied -= 1
-            self.engine.note(
-                old.pass_, old.action, "refused", "a deeper cut of its place was taken"
-            )
+            self.engine.withdraw(old.pass_, old.action, RIVAL)
         self.judge.move(self.trials.current)
         record = quality[self.trials.metric]
         self.path.add(self.before, self.trials.cost, record, candidate.action.key)
@@ -227,6 +229,11 @@ class Search:
     def _worth(self, action: Action) -> float:
         """The predicted share of the costs that goals name, of all costs when none does."""
         return predicted_saving(action, self.before, self.trials.costs)
+
+    def _give_back(self) -> None:
+        """Gives cuts back that make the model no faster; see `speed`."""
+        for candidate, why in give_back(self.engine, self.trials, self.budget, self.before):
+            self.engine.withdraw(candidate.pass_, candidate.action, why)
 
     def _adopt(self) -> None:
         """Makes the result the engine's program, as one step that can be replayed."""

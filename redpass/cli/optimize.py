@@ -69,8 +69,8 @@ def optimize(
     search: Annotated[
         str,
         Option(
-            metavar="greedy|one-shot",
-            help="How candidates are chosen: each step measured, or "
+            metavar="greedy|allocated|one-shot",
+            help="How candidates are chosen: each step measured, each place measured once, or "
             "in the order of the passes' own scores.",
         ),
     ] = "greedy",
@@ -84,7 +84,7 @@ def optimize(
     if data is not None:
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
-    job.search, job.kernels = search, kernels
+    job.search, job.kernels, job.bench = search, kernels, bench
     screen = Screen(run)
     if dry:
         _finish(screen, job.plan(screen), [])
@@ -124,7 +124,7 @@ class Job:
         self.data, self.budget, self.passes = data, budget, passes
         self.journal: Path | None = None
         self.resume = False
-        self.search = "greedy"
+        self.search, self.bench = "greedy", False
         self.kernels: str | None = None
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
@@ -163,6 +163,7 @@ class Job:
             journal=self.journal,
             resume=self.resume,
             search=self.search,
+            only_faster=self.bench,
         )
         return replace(found, record=with_kernels(found.record, found.program, self.kernels))
 

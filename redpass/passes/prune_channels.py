@@ -53,6 +53,7 @@ class PruneChannels:
     name: ClassVar[str] = "prune_channels"
     needs: ClassVar[tuple[Any, ...]] = (structure, cost, linears, widths, channel_places)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = ("feed-forward", "channels", "hidden")
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)

@@ -1,0 +1,50 @@
+"""What is settled before a run: which passes, in which groups, and whether it can end well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redpass.budget.repair import is_repair
+from redpass.budget.spec import Budget
+from redpass.data import Splits
+from redpass.errors import BudgetError, DataError
+from redpass.passes import default_pipeline
+from redpass.passes.spec import parse_passes
+from redpass.plan import Exactness, Pass
+
+
+def chosen_passes(passes: str | Sequence[Pass] | None, budget: Budget) -> tuple[Pass, ...]:
+    """Returns the passes a run was asked for, parsed; the default pipeline for None."""
+    if passes is None:
+        return default_pipeline(approximate=bool(budget.limits))
+    return parse_passes(passes) if isinstance(passes, str) else tuple(passes)
+
+
+def preflight(passes: Sequence[Pass], budget: Budget, data: Splits | None) -> None:
+    """Raises before any long work when the run cannot end well."""
+    lossy = [pass_.name for pass_ in passes if pass_.exactness is Exactness.APPROXIMATE]
+    if lossy and not budget.limits:
+        raise BudgetError(
+            "an approximate pass needs a quality budget",
+            place=lossy[0],
+            hint="e.g. --budget 'kl<=0.02' (or 'cosine>=0.98' for embeddings)",
+        )
+    if lossy and data is None:
+        raise DataError(
+            "an approximate pass needs data to measure on", place=lossy[0], hint="pass --data FILE"
+        )
+
+
+def grouped(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
+    """Returns exact passes and repairs alone, approximate ones in a row as one search."""
+    groups: list[tuple[Pass, ...]] = []
+    for pass_ in passes:
+        if groups and all(_is_searched(each) for each in (pass_, groups[-1][0])):
+            groups[-1] = (*groups[-1], pass_)
+        else:
+            groups.append((pass_,))
+    return groups
+
+
+def _is_searched(pass_: Pass) -> bool:
+    return pass_.exactness is Exactness.APPROXIMATE and not is_repair(pass_)
