@@ -7,6 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from redpass.analysis.head_alignment import (
+    TURNS,
+    Moments,
+    distances,
+    divisors,
+    equal_parts,
+    merged,
+)
 from redpass.analysis.head_clusters import Clusters, clusters, elbow, equal_count, errors
 from redpass.analysis.head_contributions import kept_heads, shapes
 from redpass.analysis.head_cuts import HeadCut, Unfit, edits
@@ -15,6 +23,9 @@ from redpass.analysis.head_layouts import pruned, shared_scores
 from redpass.analysis.head_sites import HeadSite, HeadSites
 from redpass.errors import UsageError, nearest
 from redpass.plan import Edit
+
+SAME = 1e-9
+"""A turn of heads that changes less of the stream changes nothing: float32 arithmetic does more."""
 
 SILENT = 1e-13
 """Heads that add less, as a share of the stream, are taken to add nothing."""
@@ -202,3 +213,60 @@ def _prune_offer(
     gone = [head for head in range(site.heads) if head not in kept]
     words = f"heads {', '.join(map(str, gone))} of {site.heads} go"
     return Offer(cut, words, {"key_heads": keys, "contribution": lost})
+
+
+def merge_offers(
+    site: HeadSite, moments: Moments, shares: Sequence[float], wanted: Sequence[int],
+    fits: HeadFits, align: bool,
+) -> Offers:  # fmt: skip
+    """Returns the merged key and value heads of each count that divides theirs.
+
+    A share stands for the nearest such count.
+
+    Args:
+        wanted: counts to offer instead.
+        align: False merges heads as they are: a control.
+    """
+    known = divisors(site)
+    if not known:
+        return dict.fromkeys(wanted or (1,), "it has no key heads that can be merged evenly")
+    for count in wanted:
+        if count not in known:
+            hint = f"possible are {', '.join(map(str, known))}"
+            text = f"{len(site.groups)} key heads cannot be merged to {count} evenly"
+            raise UsageError(text, place=site.label, hint=hint)
+    found = {min(known, key=lambda n: (abs(n - s * len(site.groups)), -n)) for s in shares}
+    kind = _kind_of_turn(site, moments, fits) if align else "none"
+    if kind is None:
+        reason = "a turn of its key and value heads changes what it gives"
+        return dict.fromkeys(wanted or sorted(found, reverse=True), reason)
+    return {
+        count: _merge_offer(site, moments, count, kind, align)
+        for count in wanted or sorted(found, reverse=True)
+    }
+
+
+def _kind_of_turn(site: HeadSite, moments: Moments, fits: HeadFits) -> str | None:
+    """Which channels of keys may be mixed: the first way that changes nothing when it is tried."""
+    has_norm = site.attention.query_norm or site.attention.key_norm
+    kinds = ("none",) if has_norm else TURNS[1:] if site.attention.rotary else TURNS[:1]
+    all_in_one = [tuple(range(len(site.groups)))]
+    cuts = {
+        number: merged(site, moments, all_in_one, kind, mix=False)
+        for number, kind in enumerate(kinds)
+    }
+    tried = fits.fits(site, cuts, refit=False)
+    works = (n for n, fit in tried.items() if not isinstance(fit, str) and fit.loss < SAME)
+    return next((kinds[number] for number in works), None)
+
+
+def _merge_offer(site: HeadSite, moments: Moments, count: int, kind: str, align: bool) -> Offer:
+    of_values = "any" if align else "none"
+    far = distances(moments.key, kind) + distances(moments.value, of_values)
+    members = equal_parts(far, count)
+    cut = merged(site, moments, members, kind, of_values)
+    merged_ones = ", ".join("+".join(map(str, heads)) for heads in members)
+    how = {"any": "turned freely", "none": "as they are"}.get(kind, "turned in rotary planes")
+    words = f"{len(site.groups)} key and value heads become {count} ({merged_ones}), keys {how}"
+    within = sum(float(far[heads[0], list(heads)].sum()) for heads in members)
+    return Offer(cut, words, {"key_heads": count, "within": within})

@@ -22,6 +22,7 @@ from redpass.passes.map_stream import MapStream
 from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.merge_equal_nodes import MergeEqualNodes
 from redpass.passes.merge_equal_sizes import MergeEqualSizes
+from redpass.passes.merge_key_value_heads import MergeKeyValueHeads
 from redpass.passes.merge_linears import MergeLinears
 from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.prune_heads import PruneHeads
@@ -59,6 +60,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     PruneChannels,
     ClusterHeads,
     PruneHeads,
+    MergeKeyValueHeads,
     CacheLatents,
     DropKeyChannels,
     RefitProjections,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
+from redpass.analysis.head_fits import HeadFits
 from redpass.analysis.head_ladders import Offers, cluster_offers
 from redpass.analysis.head_layouts import LAYOUTS
 from redpass.analysis.head_similarity import head_similarity, is_measurable
@@ -64,7 +65,7 @@ class ClusterHeads:
             hint = nearest(self.layout, LAYOUTS)
             raise UsageError(f"unknown layout '{self.layout}'", place=self.name, hint=hint)
 
-        def offer(site: HeadSite, counts: tuple[int, ...]) -> Offers:
+        def offer(site: HeadSite, counts: tuple[int, ...], _: HeadFits) -> Offers:
             if not is_measurable(site):
                 return dict.fromkeys(counts or (1,), "the scale of its scores is no constant")
             correlations = facts.get(head_similarity)[site.label].correlations

@@ -19,13 +19,13 @@ NO_HEADS = "no attention with several heads was found"
 
 def ladders(
     rule: str, facts: Facts, shares: Sequence[float], only: Sequence[str], *, refit: bool,
-    offer: Callable[[HeadSite, tuple[int, ...]], Offers],
+    offer: Callable[[HeadSite, tuple[int, ...], HeadFits], Offers],
 ) -> Plan:  # fmt: skip
     """Returns the plan with one action for each rung of each attention, the least loss first.
 
     Args:
         only: labels or targets the user named; of the others nothing is planned.
-        offer: (attention, counts named) -> the cuts it is offered.
+        offer: (attention, counts named, what measures cuts) -> the cuts it is offered.
 
     Raises:
         UsageError: shares, labels or counts that are none.
@@ -46,7 +46,7 @@ def ladders(
         item
         for label, site in sites.found.items()
         if not only or label in wanted
-        for item in _items(rule, facts, site, offer(site, wanted.get(label, ())), fits, refit)
+        for item in _items(rule, facts, site, offer(site, wanted.get(label, ()), fits), fits, refit)
     )
     actions = sorted(found.actions, key=lambda action: action.loss or 0.0)
     return Plan(tuple(actions), skips + found.skips)

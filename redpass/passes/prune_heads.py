@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
 from redpass.analysis.head_contributions import head_contributions
+from redpass.analysis.head_fits import HeadFits
 from redpass.analysis.head_ladders import Offers, prune_offers
 from redpass.analysis.head_sites import HeadSite, head_sites
 from redpass.facts import Facts
@@ -56,7 +57,7 @@ class PruneHeads:
         """Plans one action a layer and count of heads, the least predicted loss first."""
         del program
 
-        def offer(site: HeadSite, counts: tuple[int, ...]) -> Offers:
+        def offer(site: HeadSite, counts: tuple[int, ...], _: HeadFits) -> Offers:
             scores = facts.get(head_contributions)[site.label]
             return prune_offers(site, scores, self.shares, counts)
 
