@@ -107,7 +107,8 @@ def key_basis(
         scores = scale**2 * float((each * strengths).sum()) / cache.site.heads
         return moments.share * -math.expm1(-max(scores, 0.0))
 
-    metrics, vectors = _directions(cache, metrics, gram, name)
+    made = cache.is_split_plain if rebuilt else cache.is_moved_only
+    metrics, vectors = _directions(cache, metrics, gram, name, made)
     return Basis(metrics, vectors, gram, None, refit, loss)
 
 
@@ -128,7 +129,7 @@ def value_basis(cache: CacheSide, moments: Moments, name: str, *, refit: bool) -
         part = float((metric * error).sum())
         return moments.share * max(part, 0.0) / whole if whole > 0 else 0.0
 
-    metrics, vectors = _directions(cache, _roots(metric), gram, name)
+    metrics, vectors = _directions(cache, _roots(metric), gram, name, cache.is_moved_only)
     return Basis(metrics, vectors, gram, moments.mean, refit, loss)
 
 
@@ -154,9 +155,13 @@ def _roots(matrices: Tensor) -> Tensor:
 
 
 def _directions(
-    cache: CacheSide, metrics: Tensor, gram: Tensor, name: str
+    cache: CacheSide, metrics: Tensor, gram: Tensor, name: str, plain_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    """Metrics and directions for one of `BASES`."""
+    """Metrics and directions for one of `BASES`.
+
+    Args:
+        plain_weights: whether weights alone make what the directions are about.
+    """
     groups, width = gram.shape[:2]
     plain = torch.eye(width, dtype=torch.float64).expand(groups, -1, -1)
     if name == "outputs":
@@ -167,7 +172,7 @@ def _directions(
         generator = torch.Generator().manual_seed(cache.site.branch.layer)
         drawn = torch.randn(groups, width, width, dtype=torch.float64, generator=generator)
         return plain, torch.linalg.qr(drawn).Q
-    if not cache.is_split_plain or (cache.way and not cache.is_moved_only):
+    if not plain_weights:
         raise Unfit("no weights alone make what is kept")
     rows = cache.side.weight(cache.site.program).double().flatten(0, 1).unflatten(0, (groups, -1))
     return plain, _stacked(rows @ rows.mT, None)

@@ -116,3 +116,43 @@ def test_it_is_written_back_as_standard_ops() -> None:
     after = decompose(run_pass(ASKED, program).after)
     assert "redpass" not in after.text
     check_numbers(ASKED.exactness, program, after, values(program))
+
+
+def grouped(*, absorbed: bool, crossed: bool = False) -> Program:
+    """Two groups of latents, as `cache_latents` leaves them; `crossed`: heads in another order."""
+    b = Builder()
+    query = b.input("query", "batch", HEADS, "seq", WIDTH)
+    heads = []
+    for name, width in (("keys", 2 * WIDTH), ("values", 2 * WIDTH)):
+        latents = b.input(name, "batch", 2, "past", RANK)
+        if name == "values" and absorbed:
+            heads.append(latents)
+            continue
+        up = b.weight(f"{name}_up", torch.randn(2, RANK, width))
+        turned = b.call(aten.transpose.int, b.call(aten.matmul.default, latents, up), 1, 2)
+        flat = b.call(aten.flatten.using_ints, turned, 2)
+        sizes = [WIDTH, HEADS] if crossed else [HEADS, WIDTH]
+        split = b.call(aten.unflatten.int, flat, 2, sizes)
+        order = [0, 3, 1, 2] if crossed else [0, 2, 1, 3]
+        heads.append(b.call(aten.permute.default, split, order))
+    key = rotated(b, heads[0])
+    sdpa = aten.scaled_dot_product_attention.default
+    value = heads[1]
+    if absorbed:
+        value = b.call(aten.repeat_interleave.self_int, value, 2, 1)
+    return b.program(b.call(sdpa, query, key, value))
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_latents_of_several_groups_are_lowered(absorbed: bool) -> None:
+    program = grouped(absorbed=absorbed)
+    checked = run_pass(ASKED, program)
+    assert checked.rules == ["lower.latent_attention"]
+    assert "keys of 4 heads are rebuilt from 12 numbers" in checked.plan.actions[0].reason
+    check_numbers(ASKED.exactness, program, checked.after, values(program))
+
+
+def test_heads_in_another_order_are_not_taken() -> None:
+    program = grouped(absorbed=True, crossed=True)
+    rules = [site.op for site in find_sites(program, Facts(program)) if not isinstance(site, Skip)]
+    assert "latent_attention" not in rules

@@ -1,27 +1,29 @@
 """Attention that rebuilds its keys from a cache of latents, rotates them, and attends.
 
-%k = linear(%latent, %up)                   latent [b, t, r], up [heads * d, r]
-%k = rotated(transpose(view(%k)))                   ->    %y = redpass.latent_attention(
-%y = scaled_dot_product_attention(%q, %k, %v)                 %q, %latent, %up, %values, ...)
+%k = matmul(%latents, %up)                  latents [b, g, t, r], up [g, r, heads / g * d]
+%k = rotated(views(%k))                                  ->    %y = redpass.latent_attention(
+%y = scaled_dot_product_attention(%q, %k, %v)                %q, %latents, %up, %values, ...)
 
-Values are rebuilt by a linear of their own. Each of the two latents serves all heads: one group.
+A linear on latents [b, t, r] is the same with one group. Values are rebuilt in one of these ways,
+or are latents themselves, one for each group, whose way back stands behind the attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
 from redpass.analysis.provenance import Tracer
 from redpass.analysis.rotary import has_equal_halves
-from redpass.analysis.spreads import Spread, spread
+from redpass.analysis.spreads import Spread, head_count, spread
 from redpass.analysis.structure import Structure
 from redpass.codegen.patterns.rotary import Turn, read_turn, table_of
 from redpass.codegen.patterns.site import Site
@@ -35,30 +37,38 @@ RULE = f"lower.{OP}"
 
 @dataclass(frozen=True, eq=False)
 class Rebuilt:
-    """Heads `[b, n, t, d]` that a linear makes of latents `[b, t, r]`.
+    """Heads `[b, n, t, d]` that a matrix makes of latents.
 
     Attributes:
-        linear: the linear, without bias.
-        heads: how many heads.
-        nodes: the nodes from the linear to the heads.
+        latents: the node they are made of, `[b, t, r]`, or `[b, g, t, r]` where groups are apart.
+        weight: name of the matrix.
+        ups: it, as `[n, d, r]`.
+        nodes: the nodes from the product to the heads.
     """
 
-    linear: Linear
-    heads: int
+    latents: fx.Node
+    weight: str
+    ups: Tensor
     nodes: tuple[fx.Node, ...]
 
-    def weight(self, program: Program) -> SetWeight:
-        """The weight as `[heads, d, r]`: a view."""
-        matrix = self.linear.matrix(program)
-        name = new_name(program, self.linear.weight, "heads")
-        view = matrix.unflatten(0, (self.heads, -1))
-        return SetWeight(name, view, f"{self.linear.weight} by heads")
+    @property
+    def groups(self) -> int:
+        """How many latents a position has."""
+        shape = self.latents.meta["val"].shape
+        return int(shape[1]) if len(shape) == 4 else 1
+
+    def stored(self, program: Program) -> SetWeight:
+        """The matrix as the op reads it: a view where strides allow."""
+        return SetWeight(
+            new_name(program, self.weight, "heads"), self.ups, f"{self.weight} by heads"
+        )
 
 
 def find(program: Program, structure: Structure) -> Iterator[Site | Skip]:
     """Yields every attention whose keys are rebuilt, for more positions than there are queries."""
     del structure
-    tracer, by_node = Tracer(Flow(program)), linears(program).by_node
+    flow, by_node = Flow(program), linears(program).by_node
+    tracer = Tracer(flow)
     for node in program.graph.nodes:
         if not ops.is_call(node, "scaled_dot_product_attention"):
             continue
@@ -66,13 +76,14 @@ def find(program: Program, structure: Structure) -> Iterator[Site | Skip]:
         if query.meta["val"].dim() != 4 or _length(query) == _length(key):
             continue
         keys, values = spread(tracer, key), spread(tracer, value)
-        turn = None if keys is None else read_turn(keys.source)
+        turn = None if keys is None else read_turn(flow.peel(keys.source))
         if keys is None or values is None or turn is None:
             continue
-        latents = _rebuilt(turn.value, by_node)
+        latents = _rebuilt(program, tracer, turn.value, by_node)
         if latents is None:
             continue
-        found = _read(program, node, (keys, values), turn, latents, by_node)
+        kept = _rebuilt(program, tracer, values.source, by_node)
+        found = _read(program, node, (keys, values), turn, latents, kept)
         yield Skip(RULE, node.name, found) if isinstance(found, str) else found
 
 
@@ -80,20 +91,58 @@ def _length(node: fx.Node) -> Any:
     return ops.expression(node.meta["val"].shape[2])
 
 
-def _rebuilt(node: fx.Node, by_node: Any) -> Rebuilt | None:
-    """Reads `transpose(view(linear(latent)), 1, 2)` where the linear makes more of less."""
-    split = node.args[0] if ops.is_call(node, "transpose") else None
-    if not isinstance(split, fx.Node) or set(node.args[1:]) != {1, 2}:
+def _rebuilt(
+    program: Program, tracer: Tracer, node: fx.Node, by_node: Mapping[str, Linear]
+) -> Rebuilt | None:
+    """Reads the heads of latents where there are more numbers in the heads than in a latent."""
+    passed, made = [], node
+    while ops.is_view(made) and isinstance(made.args[0], fx.Node):
+        passed.append(made)
+        made = made.args[0]
+    shape = node.meta["val"].shape
+    linear = by_node.get(made.name)
+    if linear is not None and linear.bias is None:
+        ups, weight = linear.matrix(program).unsqueeze(0), linear.weight
+        latents = program.nodes[linear.input]
+        fits = latents.meta["val"].dim() == 3
+    else:
+        operands = [arg for arg in made.args[:2] if isinstance(arg, fx.Node)]
+        found = program.weight(operands[1]) if len(operands) == 2 else None
+        if found is None or found.dim() != 3 or not ops.is_call(made, "matmul", "bmm"):
+            return None
+        latents, ups, weight = operands[0], found.mT, str(operands[1].target)
+        sizes = latents.meta["val"].shape
+        fits = len(sizes) == 4 and sizes[1] == len(ups)
+    if not fits or len(shape) != 4 or ups.shape[1] <= ups.shape[2]:
         return None
-    flat = split.args[0] if ops.is_call(split, "view", "reshape", "unflatten") else None
-    linear = by_node.get(flat.name) if isinstance(flat, fx.Node) else None
-    if linear is None or linear.bias is not None or linear.outs <= linear.ins:
+    heads, width = int(shape[1]), int(shape[3])
+    if not _is_in_order(tracer, made, node, passed, (len(ups), heads, width)):
         return None
-    assert isinstance(flat, fx.Node)
-    shape = split.meta["val"].shape
-    lead = [ops.expression(size) for size in shape[:2]]
-    fits = len(shape) == 4 and lead == [ops.expression(n) for n in flat.meta["val"].shape[:2]]
-    return Rebuilt(linear, int(shape[2]), (flat, split, node)) if fits else None
+    by_head = ups.reshape(heads, width, -1)
+    return Rebuilt(latents, weight, by_head, (*passed, made))
+
+
+def _is_in_order(
+    tracer: Tracer,
+    made: fx.Node,
+    node: fx.Node,
+    passed: list[fx.Node],
+    sizes: tuple[int, int, int],
+) -> bool:
+    """Whether head `i` of `node` is the `i`-th part of what was made, and positions stay."""
+    groups, heads, width = sizes
+    shape = tracer.shape(made)
+    if shape is None or heads % groups or shape[-1] * groups != heads * width:
+        return False
+    count = math.prod(shape) // (groups * shape[-1] * shape[0])
+    lines = torch.arange(shape[0] * count * heads * width)
+    labels = lines.reshape(shape[0], count, groups, shape[-1])
+    start = labels.transpose(1, 2) if len(shape) == 4 else labels.flatten(2)
+    found = tracer.run(passed, {made: start}).get(node)
+    wanted = lines.reshape(shape[0], count, heads, width).transpose(1, 2)
+    return (
+        isinstance(found, Tensor) and found.shape == wanted.shape and bool((found == wanted).all())
+    )
 
 
 def _read(
@@ -102,16 +151,16 @@ def _read(
     spreads: tuple[Spread, Spread],
     turn: Turn,
     latents: Rebuilt,
-    by_node: Any,
+    values: Rebuilt | None,
 ) -> Site | str:
-    values = _rebuilt(spreads[1].source, by_node)
-    if values is None:
+    groups = latents.groups if values is None else values.groups
+    if groups != latents.groups or (values is None and _heads(spreads[1]) != groups):
         return "its keys are rebuilt from latents and its values are not"
     if ops.argument(node, "dropout_p") or ops.argument(node, "is_causal"):
         return "it drops out scores, or is causal without a mask"
     count = node.meta["val"].shape[1]
     for item in spreads:
-        heads = item.source.meta["val"].shape[1]
+        heads = _heads(item)
         if item.over(count) != tuple(head * heads // count for head in range(count)):
             return "its heads are not spread evenly"
     tables = [table_of(table) for table in (turn.cos, turn.sin)]
@@ -123,20 +172,23 @@ def _read(
     return _site(program, node, spreads, turn, (latents, values), found)
 
 
+def _heads(item: Spread) -> int:
+    return head_count(item.source)
+
+
 def _site(
     program: Program,
     node: fx.Node,
     spreads: tuple[Spread, Spread],
     turn: Turn,
-    rebuilt: tuple[Rebuilt, Rebuilt],
+    rebuilt: tuple[Rebuilt, Rebuilt | None],
     tables: list[fx.Node],
 ) -> Site:
     keys, values = rebuilt
-    weights = [item.weight(program) for item in rebuilt]
+    kept = spreads[1].source if values is None else values.latents
+    weights = [item.stored(program) for item in rebuilt if item is not None]
     half = tables[0].meta["val"].shape[-1] // 2
-    views: list[tuple[Any, tuple[Any, ...]]] = [
-        (aten.unsqueeze.default, (Ref(item.linear.input), 2)) for item in rebuilt
-    ]
+    views = [_by_position(keys.latents), _by_position(kept)]
     views += [(aten.slice.Tensor, (Ref(table.name), -1, 0, half)) for table in tables]
     steps = [
         Insert(f"{node.name}_latent_{place}", target, args, node.name)
@@ -144,7 +196,8 @@ def _site(
     ]
     latent, value_latent, cos, sin = (Ref(step.name) for step in steps)
     mask = ops.argument(node, "attn_mask")
-    passed = {*turn.nodes, *keys.nodes, *values.nodes, *(n for s in spreads for n in s.nodes)}
+    passed = {*turn.nodes, *keys.nodes, *(n for s in spreads for n in s.nodes)}
+    passed |= set() if values is None else {*values.nodes}
     return Site(
         op=OP,
         results=(node.name,),
@@ -153,7 +206,7 @@ def _site(
             latent,
             WeightRef(weights[0].name),
             value_latent,
-            WeightRef(weights[1].name),
+            None if values is None else WeightRef(weights[1].name),
             cos,
             sin,
             None if mask is None else Ref(mask.name),
@@ -162,10 +215,18 @@ def _site(
         ),
         before=node.name,
         covers=frozenset({node.name, *(n.name for n in _only(passed, node))}),
-        reason=f"keys of {keys.heads} heads are rebuilt from {keys.linear.ins} numbers a position",
+        reason=f"keys of {head_count(turn.value)} heads are rebuilt from "
+        f"{keys.groups * keys.ups.shape[2]} numbers a position",
         weights=tuple(weights),
         prepared=tuple(steps),
     )
+
+
+def _by_position(latents: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """The view `[b, t, g, r]` of latents."""
+    if latents.meta["val"].dim() == 3:
+        return aten.unsqueeze.default, (Ref(latents.name), 2)
+    return aten.transpose.int, (Ref(latents.name), 1, 2)
 
 
 def _only(nodes: set[fx.Node], end: fx.Node) -> Iterator[fx.Node]:
