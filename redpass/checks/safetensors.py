@@ -20,6 +20,7 @@ WIDTHS = {
 MAX_HEADER = 100 << 20
 LFS = b"version https://git-lfs"
 FETCH = "fetch the file again"
+MAX_INDEX = 64 << 20
 
 
 def check_folder(folder: Path) -> int:
@@ -48,6 +49,9 @@ def check_folder(folder: Path) -> int:
 
 
 def _check_shards(folder: Path, index: Path) -> int:
+    if archive.file_size(index, FETCH) > MAX_INDEX:
+        raise LoadError(f"larger than {MAX_INDEX} bytes", file=index, hint=FETCH)
+    there = {path.name for path in folder.iterdir()}
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in table.items()}
@@ -57,7 +61,7 @@ def _check_shards(folder: Path, index: Path) -> int:
     for file in sorted(set(wanted.values())):
         if Path(file).name != file:
             raise LoadError(f"a shard outside the folder: {file}", file=index, hint=FETCH)
-        if not (folder / file).is_file():
+        if file not in there:
             raise LoadError(
                 f"shard '{file}' is missing", file=index, hint="fetch all files of the model"
             )

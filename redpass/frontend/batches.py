@@ -17,6 +17,7 @@ from redpass.errors import DataError, LoadError, RedpassError, UsageError
 from redpass.frontend import pickled
 from redpass.frontend.dims import evaluate
 from redpass.frontend.indices import check_index
+from redpass.frontend.tokenizer import open_tokenizer, tokens
 from redpass.program import Port, Program, check_port
 
 TENSORS = (".npz", ".safetensors", ".pt")
@@ -233,43 +234,19 @@ def _row(line: str, number: int, path: Path) -> dict[str, Any]:
     return row
 
 
-def open_tokenizer(tokenizer: Any) -> Any:
-    """Returns a tokenizer: the object given, or that of a folder, read offline.
-
-    Raises:
-        UsageError: none given, or a folder without one.
-    """
-    if tokenizer is None:
-        raise UsageError("text needs a tokenizer", hint="pass --tokenizer FOLDER")
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = Path(tokenizer)
-    kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"no tokenizer: {first}", file=folder, hint="pass --tokenizer FOLDER"
-        ) from error
-
-
 def _encode(tokenizer: Any, rows: list[dict[str, Any]], length: int) -> dict[str, Tensor]:
-    texts = [row["text"] for row in rows]
-    encoded = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    encoded = tokens(tokenizer, [row["text"] for row in rows], length)
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = (getattr(tokenizer, "eos_token_id", None) or 0) if pad is None else pad
     width = max(1, *map(len, encoded)) if encoded else 1
     ids = torch.full((len(encoded), width), int(pad), dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for position, tokens in enumerate(encoded):
-        ids[position, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        mask[position, : len(tokens)] = 1
+    for position, row in enumerate(encoded):
+        ids[position, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[position, : len(row)] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
     labels = [row.get("label") for row in rows]
-    if all(isinstance(label, int) for label in labels):
+    if all(isinstance(label, int) and abs(label) < 2**63 for label in labels):
         batch[LABELS] = torch.tensor(labels)
     return batch
 

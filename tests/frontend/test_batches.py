@@ -10,6 +10,7 @@ from torch import nn
 from redpass.errors import DataError, UsageError
 from redpass.frontend import complete_inputs, load, read_batches
 from redpass.frontend.specs import example, parse, parse_all
+from redpass.frontend.tokenizer import tokens
 
 
 class Classifier(nn.Module):
@@ -222,3 +223,22 @@ def test_a_fixed_batch_names_the_option(tmp_path):
     np.savez(tmp_path / "x.npz", input=np.ones((8, 4), dtype=np.float32))
     with pytest.raises(DataError, match="2 rows at a time: --batch-size 2"):
         read_batches(tmp_path / "x.npz", program, batch_size=4)
+
+
+def test_a_tokenizer_that_panics_is_told():
+    class PanicException(BaseException):
+        pass
+
+    def tokenizer(*_, **__):
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(DataError, match=r"the tokenizer fails .*index out of bounds"):
+        tokens(tokenizer, ["a"], 8)
+
+
+def test_a_stop_inside_a_tokenizer_stays_one():
+    def tokenizer(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens(tokenizer, ["a"], 8)

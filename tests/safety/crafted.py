@@ -446,6 +446,7 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
         _header(lambda t: t["pooler.dense.bias"].update(dtype="F1")), "bad entry"
     ),
     "hf: shard missing": (_index({"weight_map": {"a": "model-1.safetensors"}}), "is missing"),
+    "hf: shard with an endless name": (_index({"weight_map": {"a": "x" * 5000}}), "is missing"),
     "hf: shard elsewhere": (_index({"weight_map": {"a": "../../x.safetensors"}}), "outside"),
     "hf: index is none": (_index({"weights": {}}), "not an index"),
 }  # fmt: skip

@@ -10,10 +10,14 @@ import mutations
 import numpy as np
 import torch
 from fuzzing import Format
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from redpass import export
 from redpass.frontend import batches, huggingface, load, pickled
+from redpass.frontend.tokenizer import open_tokenizer
 from redpass.journal import Journal
 from redpass.manifest import read_manifest
 from redpass.pipeline import optimize
@@ -119,6 +123,67 @@ def _journal(folder: Path) -> Format:
     return Format("journal", [(journal.path, "")], (mutations.damage, _edit_lines), read)
 
 
+def _index(folder: Path) -> Format:
+    from transformers import BertModel
+
+    sharded = folder / "sharded"
+    BertModel.from_pretrained(_folder(folder)).save_pretrained(sharded, max_shard_size=1500)
+    samples = [(sharded, "model.safetensors.index.json")]
+    ways = (mutations.damage, mutations.edit_json)
+    return Format("index", samples, ways, lambda path: huggingface.open_folder(path))
+
+
+def _rows(folder: Path) -> Format:
+    program = small(folder)
+    save_file({"input": torch.randn(8, 4)}, folder / "rows.safetensors")
+    ways = (mutations.damage, mutations.edit_safetensors)
+    samples = [(folder / "rows.safetensors", "")]
+    return Format("rows", samples, ways, lambda path: batches.read_batches(path, program))
+
+
+def _tokenizer(folder: Path) -> Path:
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2, "c": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?")
+    fast.save_pretrained(folder / "words")
+    return folder / "words"
+
+
+def _lines(folder: Path) -> Format:
+    program, words = load(_folder(folder)), open_tokenizer(_tokenizer(folder))
+    rows = [
+        {"text": "a b c", "label": 1},
+        {"text": "c\u00e9 a", "label": 0},
+        {"text": "b", "label": 2},
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def read(path: Path) -> object:
+        return batches.read_batches(path, program, tokenizer=words)
+
+    ways = (mutations.damage, _edit_rows)
+    return Format("lines", [(folder / "rows.jsonl", "")], ways, read)
+
+
+def _edit_rows(data: bytes, chance) -> bytes:
+    lines = data.split(b"\n")
+    number = chance.randrange(len(lines))
+    lines[number] = mutations.edit_json(lines[number], chance)
+    return b"\n".join(lines)
+
+
+def _words(folder: Path) -> Format:
+    (folder / "rows.txt").write_text("a b c\nd\n")
+
+    def read(path: Path) -> object:
+        return batches.read_rows(folder / "rows.txt", tokenizer=path)
+
+    words = _tokenizer(folder)
+    names = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json")
+    ways = (mutations.damage, mutations.edit_json, mutations.edit_json)
+    return Format("tokenizer", [(words, name) for name in names], ways, read)
+
+
 def _edit_lines(data: bytes, chance) -> bytes:
     lines = data.split(b"\n")
     chance.shuffle(lines)
@@ -136,6 +201,7 @@ def _manifest(folder: Path) -> Format:
 
 FORMATS: dict[str, Callable[[Path], Format]] = {
     "pt": _pt, "pt2": _pt2, "safetensors": _safetensors, "config": _config, "recipe": _recipe,
-    "npz": _npz, "journal": _journal, "manifest": _manifest,
+    "npz": _npz, "journal": _journal, "manifest": _manifest, "index": _index, "rows": _rows,
+    "lines": _lines, "tokenizer": _words,
 }  # fmt: skip
 """Name -> what writes the good samples into a folder and says how they are damaged and read."""
