@@ -20,6 +20,7 @@ from redpass.lineage import extend
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_layers import DropLayers
 from redpass.passes.drop_span import DropSpan
+from redpass.passes.map_stream import MapStream
 from redpass.passes.refit_projections import RefitProjections
 from redpass.plan import Action, Pass
 from redpass.program import Program
@@ -162,29 +163,33 @@ def searched(passes: str, search: str = "greedy") -> Recipe:
     return recipe
 
 
-def repaired(name: str) -> Recipe:
-    """Returns a recipe that fits anew the projections of what another recipe made."""
+def repaired(name: str, *repairs: Pass) -> Recipe:
+    """Returns a recipe that repairs what another one made, by one pass after the other."""
 
     def recipe(task: Task) -> list[Program]:
-        return [_refitted(program, task) for program in task.made(name)]
+        return [_repaired(program, task, repairs) for program in task.made(name)]
 
     return recipe
 
 
-def _refitted(program: Program, task: Task) -> Program:
-    plan = RefitProjections().plan(program, Facts(program, task.data))
-    return rewrite.apply(program, plan.actions)
+def _repaired(program: Program, task: Task, repairs: Sequence[Pass]) -> Program:
+    for pass_ in repairs:
+        actions = pass_.plan(program, Facts(program, task.data)).actions
+        program = rewrite.apply(program, actions)
+    return program
 
 
 RECIPES: Mapping[str, Recipe] = {
     "greedy on branches": searched("drop_branches"),
-    "greedy on branches + refit": repaired("greedy on branches"),
+    "greedy on branches + refit": repaired("greedy on branches", RefitProjections()),
     "greedy on layers": searched("drop_layers"),
-    "greedy on layers + refit": repaired("greedy on layers"),
+    "greedy on layers + refit": repaired("greedy on layers", RefitProjections()),
+    "greedy on layers + map": repaired("greedy on layers", MapStream()),
+    "greedy on layers + map + refit": repaired("greedy on layers", MapStream(), RefitProjections()),
     "greedy on layers or reuse": searched("drop_layers,reuse_layers"),
     "branch similarity": ranked(DropBranches(), by_score),
     "block influence": ranked(DropLayers(), by_score),
-    "block influence + refit": repaired("block influence"),
+    "block influence + refit": repaired("block influence", RefitProjections()),
     "angular span": smallest_angle,
     "shared layers": searched("share_layers", "one-shot"),
     "random branches": ranked(DropBranches(), by_chance),
