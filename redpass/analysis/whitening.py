@@ -141,11 +141,14 @@ def centred(gram: Tensor, mean: Tensor) -> Tensor:
     return gram - torch.outer(mean, mean)
 
 
-def shrunk(gram: Tensor, tokens: int) -> Tensor:
-    """Returns the Gram matrix drawn towards equal channels, the more the fewer tokens it is from.
+def shrunk(gram: Tensor, tokens: int, towards: Tensor | None = None) -> Tensor:
+    """Returns the Gram matrix drawn towards another one, the more the fewer tokens it is from.
 
     With few tokens most directions were never seen, which does not mean that they never occur.
     Oracle-approximating shrinkage needs no further data and vanishes with many tokens.
+
+    Args:
+        towards: what is expected without data, up to a factor; None for equal channels.
 
     Source: Chen, Wiesel, Eldar and Hero 2010, IEEE Trans. Signal Processing 58(10), equation 23.
     """
@@ -154,7 +157,10 @@ def shrunk(gram: Tensor, tokens: int) -> Tensor:
     apart = (tokens + 1 - 2 / size) * (square - trace**2 / size)
     weight = 1.0 if apart <= 0 else min(1.0, ((1 - 2 / size) * square + trace**2) / apart)
     found = (1 - weight) * gram
-    found.diagonal().add_(weight * trace / size)
+    if towards is None or not float(towards.trace()) > 0:
+        found.diagonal().add_(weight * trace / size)
+        return found
+    found += towards * (weight * trace / float(towards.trace()))
     return found
 
 

@@ -31,6 +31,7 @@ from redpass.passes.reuse_layers import ReuseLayers
 from redpass.passes.share_layers import ShareLayers
 from redpass.passes.share_repeated_heads import ShareRepeatedHeads
 from redpass.passes.shorten_chains import ShortenChains
+from redpass.passes.shrink_heads import ShrinkHeads
 from redpass.passes.tie_equal_weights import TieEqualWeights
 from redpass.plan import Pass
 
@@ -56,6 +57,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     ShareLayers,
     ReuseLayers,
     FactorLinears,
+    ShrinkHeads,
     MapStream,
     PruneChannels,
     ClusterHeads,

@@ -20,7 +20,7 @@ FOLDER = Path(redpass.passes.__file__).parent
 GOLDEN = Path(__file__).parent / "golden"
 OTHERS = {
     "__init__", "spec", "depth", "drop_branches", "refit_projections", "map_stream",
-    "factor_linears", "prune_channels", "cache_latents", "drop_key_channels",
+    "factor_linears", "shrink_heads", "prune_channels", "cache_latents", "drop_key_channels",
     "heads", "cluster_heads", "prune_heads", "merge_key_value_heads",
 }  # fmt: skip
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)

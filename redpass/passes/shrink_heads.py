@@ -1,0 +1,134 @@
+"""Gives attention heads fewer channels, in the directions that matter most.
+
+v = linear(x, w_v)            view [.., heads, 64]      v' = linear(x, d w_v)    [.., heads, 40]
+y = linear(merge(attend), w_o)                     ->   y' = linear(merge(attend'), w_o')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from redpass.analysis import cost
+from redpass.analysis.clover import BASES
+from redpass.analysis.head_axes import Unfit
+from redpass.analysis.head_savings import kinds_of, saving, width_of
+from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.head_widths import HeadWidths, head_shapes, head_widths
+from redpass.errors import UsageError, nearest
+from redpass.facts import Facts
+from redpass.plan import Action, Exactness, Plan, Skip
+from redpass.program import Program
+
+RULE = "shrink_heads.directions"
+
+
+@dataclass(frozen=True)
+class ShrinkHeads:
+    """Makes the heads of attention narrower; the number of heads and of ops stays.
+
+    What: value heads with the columns of the output projection that read them, always; query and
+    key heads where nothing stands between projections and scores. Both are turned into the
+    directions that matter most for what the heads give, and cut; the cache shrinks with them.
+    When: never by itself. Widths of a ladder are candidates; where one linear makes queries, keys
+    and values (`heads`: both at once), all widths of a layer are rivals.
+    Not tried: queries and keys with rotary positions or norms (they work on single channels),
+    attention whose heads cannot be followed in the graph, projections that share weights.
+    Costs: one calibration run; small eigenproblems.
+    Source: CLOVER (Meng et al. 2024, arXiv:2411.17426), here weighted by activations.
+
+    Attributes:
+        shares: what is left of a head's width, the ladder.
+        multiple: widths are rounded down to multiples of this.
+        basis: what directions are chosen by: `activations`, `weights`, or `magnitude` of single
+            channels (a control).
+        refit: fits the output projection anew to the narrow heads.
+        only: targets (`layers.0.attention.values@24`) to cut; nothing else is planned.
+    """
+
+    name: ClassVar[str] = "shrink_heads"
+    needs: ClassVar[tuple[Any, ...]] = (head_sites, head_shapes, head_widths, cost)
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    shares: tuple[float, ...] = (0.75, 0.5, 0.25)
+    multiple: int = 8
+    basis: str = "activations"
+    refit: bool = True
+    only: tuple[str, ...] = ()
+
+    def plan(self, program: Program, facts: Facts) -> Plan:
+        """Plans one action a site, kind and width, the least predicted loss first."""
+        self._check()
+        shapes, sites = facts.get(head_shapes), facts.get(head_sites).found
+        places = {f"{n}.{k}": (n, k) for n, own in shapes.kinds.items() for k in kinds_of(own)}
+        named = [self._named(target, places, sites) for target in self.only]
+        skips = () if self.only else tuple(Skip(RULE, *each) for each in shapes.skips)
+        if not places:
+            return Plan(skips=skips)
+        found = facts.get(head_widths)
+        wanted = named or [
+            (label, kind, width)
+            for label, kind in places.values()
+            for width in self._widths(found[label], kind)
+        ]
+        plan = Plan.of(self._cut(facts, found[label], kind, w) for label, kind, w in wanted)
+        actions = sorted(plan.actions, key=lambda action: action.loss or 0.0)
+        return Plan(tuple(actions), skips + tuple(dict.fromkeys(plan.skips)))
+
+    def _check(self) -> None:
+        for share in self.shares:
+            if not 0 < share < 1:
+                hint = "write 0.5 to leave half of a head's width"
+                raise UsageError(f"a share of {share}", place=self.name, hint=hint)
+        if self.multiple < 1:
+            hint = "give 1 for any width"
+            raise UsageError(f"multiples of {self.multiple}", place=self.name, hint=hint)
+        if self.basis not in BASES:
+            hint = nearest(self.basis, BASES)
+            raise UsageError(f"unknown basis '{self.basis}'", place=self.name, hint=hint)
+
+    def _named(
+        self, target: str, places: dict[str, tuple[str, str]], sites: Any
+    ) -> tuple[str, str, int]:
+        name, _, text = target.rpartition("@")
+        if name not in places:
+            hint = nearest(name or target, places)
+            raise UsageError(f"no heads are called '{name}'", place=self.name, hint=hint)
+        label, kind = places[name]
+        full = width_of(sites[label], kind)
+        if not text.isdecimal() or not 1 <= int(text) < full:
+            hint = f"give a width from 1 to {full - 1}"
+            raise UsageError(f"heads of {full} channels cut to '{text}'", place=name, hint=hint)
+        return label, kind, int(text)
+
+    def _widths(self, found: HeadWidths, kind: str) -> Iterator[int]:
+        full = width_of(found.site, kind)
+        own = max(found.own(each, self.basis) for each in kinds_of((kind,), parts=True))
+        rounded = {int(share * full) - int(share * full) % self.multiple for share in self.shares}
+        ladder = {width for width in rounded if 1 <= width < min(full, own)}
+        yield from sorted(ladder | ({own} if own < full else set()), reverse=True)
+
+    def _cut(self, facts: Facts, found: HeadWidths, kind: str, width: int) -> Action | Skip:
+        label, site = found.site.label, found.site
+        try:
+            edits, loss = found.cut(kind, width, self.basis, refit=self.refit)
+        except Unfit as reason:
+            return Skip(RULE, f"{label}.{kind}", str(reason))
+        full = width_of(site, kind)
+        return Action(
+            RULE,
+            f"{label}.{kind}@{width}",
+            edits,
+            f"{kind} of {site.heads} heads from {full} to {width} channels",
+            {"width": width, "left": width / full, "tokens": found.tokens},
+            saving(facts.get(cost), site, kind, width),
+            loss,
+            f"{label}/{place_of(site, kind)}",
+        )
+
+
+def place_of(site: HeadSite, kind: str) -> str:
+    """Returns what the widths of a kind are rivals about."""
+    linears = {side.linear.node for side in site.sides.values()}
+    return f"{kind}-width" if len(linears) == len(site.sides) else "head-width"
