@@ -10,7 +10,6 @@ eigenvalue square root of the Gram matrix, runs on the smaller cases only.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -57,19 +56,21 @@ def one(case: str) -> str:
     """Runs a case and returns its row of the table."""
     outs, ins = map(int, case.split("x"))
     matrix, gram = problem(outs, ins)
-    base = resident()
-    started = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    base = status("VmRSS")
+    started, used = time.perf_counter(), time.process_time()
     found = decompose(matrix, gram)
     decomposed = time.perf_counter() - started
     rank = outs * ins // (2 * (outs + ins))
     started = time.perf_counter()
     up, down = found.factors(rank)
-    factored = time.perf_counter() - started
-    peak = (resident() - base) / (8 * outs * ins)
+    factored, used = time.perf_counter() - started, time.process_time() - used
+    peak = (status("VmHWM") - base) / (8 * outs * ins)
     gap = (matrix.double() - up @ down).double()
     error = float(((gap @ gram) * gap).sum())
     told = abs(error / float(found.errors[rank]) - 1)
-    cells = [case, f"{decomposed:.1f}", f"{factored:.1f}", f"{peak:.2f}", str(rank), f"{told:.1e}"]
+    seconds = [f"{time_:.1f}" for time_ in (decomposed, factored, used)]
+    cells = [case, *seconds, f"{peak:.2f}", str(rank), f"{told:.1e}"]
     return "| " + " | ".join([*cells, *against_svd(matrix, gram, error, rank)]) + " |"
 
 
@@ -83,20 +84,22 @@ def against_svd(matrix: Tensor, gram: Tensor, error: float, rank: int) -> list[s
     return [f"{seconds:.1f}", f"{error / float(energies[rank:].sum()) - 1:.1e}"]
 
 
-def resident() -> int:
-    """Returns the peak of this process' memory so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(name: str) -> int:
+    """Returns a figure of this process' memory in bytes: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 HEAD = """# Activation-whitened truncation: time, memory, error
 
-`python benchmarks/decompositions.py`: {threads} threads, {processor}. Rank: half of the
+`python benchmarks/decompositions.py`: {threads} threads, {processor}, on a machine that may have
+had other work (CPU seconds, of all threads, tell). Rank: half of the
 break-even rank. Memory: peak beyond the weight and its Gram matrix, in sizes of the layer in
 float64. "told": how far the predicted error is from the one measured on the factors. Full SVD:
 `eigh` of the Gram matrix, then `svd` of `W S`.
 
-| layer | decompose s | factors s | memory | rank | told | full SVD s | error above optimum |
-|---|---|---|---|---|---|---|---|
+| layer | decompose s | factors s | CPU s | memory | rank | told | full SVD s | above optimum |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
