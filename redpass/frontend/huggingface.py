@@ -103,6 +103,7 @@ def _build(kind: Any, config: Any, folder: Path, raw: Mapping[str, Any], *, fake
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **how,
         )
 
@@ -118,14 +119,21 @@ def _build(kind: Any, config: Any, folder: Path, raw: Mapping[str, Any], *, fake
             file=folder,
             hint="the weights and config.json must belong together",
         ) from error
+    _check_report(report, folder)
+    return module
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Refuses weights that transformers would have filled with random numbers."""
+    hint = "the weights and config.json must belong together"
+    for name, *sizes in sorted(report.get("mismatched_keys", ())):
+        given, wanted = (tuple(size) for size in sizes)
+        found = f"has the shape {given}, config.json asks for {wanted}"
+        raise LoadError(found, file=folder, place=name, hint=hint)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise LoadError(
-            f"{len(missing)} weights are missing: {', '.join(missing[:5])}",
-            file=folder,
-            hint="the weights and config.json must belong together",
-        )
-    return module
+        found = f"{len(missing)} weights are missing: {', '.join(missing[:5])}"
+        raise LoadError(found, file=folder, hint=hint)
 
 
 def _only_pooler(missing: Any) -> bool:

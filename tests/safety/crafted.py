@@ -451,3 +451,15 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "hf: index is none": (_index({"weights": {}}), "not an index"),
 }  # fmt: skip
 """What it is -> (what makes it, words of the reason)."""
+
+
+def _device(model: Any) -> None:
+    _graph(model)["tensor_values"]["input"]["device"]["type"] = "abacus"
+
+
+LATE: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
+    "pt2: no such device": (_pt2(lambda _: (_model(_device), {})), "torch.export.load refuses"),
+    "hf: weights of another size": (_config(intermediate_size=24), "intermediate.dense"),
+    "hf: weights that are missing": (_config(num_hidden_layers=3), "encoder.layer.2"),
+}
+"""What only PyTorch or transformers can tell: refused all the same, after their import."""
