@@ -15,6 +15,8 @@ POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool1d", "avg_p
          "adaptive_avg_pool1d", "upsample_nearest2d", "upsample_bilinear2d", "interpolate",
          "constant_pad_nd", "pad", "roll", "flip", "softmax", "cumsum")  # fmt: skip
 NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm")
+BATCH_NORMS = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update")
+"""As `batch_norm`, with statistics that inference has no use for beside the result."""
 GROUPED = ("_grouped_mm", "grouped_mm_fallback", "bmm")
 
 
@@ -233,6 +235,8 @@ class Couplings:
         first: Any = node.args[0] if node.args else None
         x = self.axes.get(first)
         name = ops.base_name(node)
+        if x and name in BATCH_NORMS:
+            return [self._normed(node), *([() for _ in size] for size in sizes[1:])]
         if not x or name not in ("chunk", "split", "split_with_sizes") or not all(sizes):
             self._give_up(node)
             return [[fresh(s) for s in size] for size in sizes]

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.axes import Dimension, resolve
-from redpass.analysis.couplings import Couplings
+from redpass.analysis.couplings import BATCH_NORMS, Couplings
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import count_readers, linears
 from redpass.analysis.resizing import CONVOLUTIONS, are_pieces_alike, resized
@@ -239,7 +239,7 @@ class _Search:
         sign = 1
         if bias is None and len(node.users) == 1:
             user = next(iter(node.users))
-            if ops.is_call(user, "batch_norm") and user.args[0] is node:
+            if ops.is_call(user, "batch_norm", *BATCH_NORMS) and user.args[0] is node:
                 bias, sign = ops.argument(user, "running_mean"), -1
         if not isinstance(bias, fx.Node) or bias.op != "get_attr":
             return "", 1

@@ -65,7 +65,7 @@ def _named(
 def are_pieces_alike(node: fx.Node, couplings: Couplings, dimension: Dimension) -> bool:
     """Whether pieces that a call cuts equal stay so when `dimension` gets narrower."""
     pieces = couplings.axes.get(node)
-    if ops.is_call(node, "split_with_sizes") or not pieces or not isinstance(pieces[0], list):
+    if not ops.is_call(node, "chunk", "split") or not pieces or not isinstance(pieces[0], list):
         return True
     forms = [
         [(s.block, s.dimension is dimension) for axis in piece for s in resolve(axis)]

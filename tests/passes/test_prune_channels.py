@@ -301,3 +301,25 @@ def test_narrow_speaks_of_places_in_the_planned_program():
     assert after.outputs[0].meta["val"].shape[1] == 2
     with pytest.raises(PassError, match="another action"):
         rewrite.apply(program, [cut[0], cut[0]])
+
+
+def test_batch_norms_that_also_return_statistics_are_followed():
+    from operator import getitem
+
+    torch.manual_seed(0)
+    b = Builder()
+    x = b.input("x", "batch", 3, 4, 4)
+    y = b.call(aten.conv2d.default, x, b.weight("first", torch.randn(16, 3, 1, 1)))
+    numbers = [b.weight(name, torch.rand(16) + 0.5) for name in ("gain", "bias", "mean", "var")]
+    norm = b.call(aten._native_batch_norm_legit_no_training.default, y, *numbers, 0.1, 1e-5)
+    y = b.call(aten.relu.default, b.call(getitem, norm, 0))
+    program = b.program(
+        b.call(aten.conv2d.default, y, b.weight("second", torch.randn(4, 16, 1, 1)))
+    )
+    actions = plan(program, images(), shares=(0.5,)).actions
+    assert len(actions) == 1
+    after = applied(program, actions)
+    assert {len(after.weights[name]) for name in ("first", "gain", "bias", "mean", "var")} == {8}
+    bare = plan(program, images(), shares=(0.5,), refit=False).actions
+    fresh = images(seed=3)
+    assert off(program, after, fresh) < off(program, applied(program, bare), fresh)
