@@ -1,0 +1,194 @@
+"""Quality after a quarter and a half of all feed-forward channels were cut.
+
+    python benchmarks/width_channels.py --models gpt2,qwen3 --seeds 0,1,2
+
+All feed-forwards of a model are cut to the same share. Compared: which channels go (by what losing
+them costs after a repair, by energy, by magnitude, by chance) and whether the down-projection is
+fitted anew. A seed picks half of the calibration rows; figures are from the reporting rows. The
+goal: the repaired loss increase is at most 0.6 of the unrepaired one's, each with its own best
+choice. Written after each seed to results/width_channels.{md,json}, beside what is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.leaderboard import Bench, judged, prepare
+from redpass import rewrite
+from redpass.analysis.channel_cuts import energy_scores, removal_order, rungs
+from redpass.analysis.channel_places import channel_places
+from redpass.analysis.channel_statistics import View, views
+from redpass.analysis.narrowing import Width, narrow
+from redpass.analysis.structure import structure
+from redpass.data import Batches
+from redpass.facts import Facts
+from redpass.plan import Action
+from redpass.program import Program
+
+SHARES = (0.75, 0.5)
+METHODS = {
+    "repaired": ("cost after repair", True),
+    "repaired, by energy": ("energy", True),
+    "unrepaired, by energy": ("energy", False),
+    "unrepaired, by magnitude": ("magnitude", False),
+    "repaired, random": ("random", True),
+    "unrepaired, random": ("random", False),
+}
+"""Method -> how channels are chosen, and whether the reader is fitted anew."""
+BEST_BARE = "unrepaired, by energy"
+GOAL = 0.6
+RESULTS = Path(__file__).parent / "results"
+
+
+def cut_programs(
+    bench: Bench, data: Batches, seed: int
+) -> Iterator[tuple[str, float, Program, float]]:
+    """Yields method, share, program and summed predicted loss, from one calibration run."""
+    facts = Facts(bench.program, data)
+    found = facts.get(channel_places)
+    labels = [label for label, kind in found.kinds.items() if kind == "feed-forward"]
+    places = [(label, found.by_label[label]) for label in labels if label not in found.obstacles]
+    actions: dict[tuple[str, float], list[Action]] = {}
+    losses: dict[tuple[str, float], float] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for label, width, seen in views(bench.program, facts.get(structure), places, data):
+        ranked = orders(width, seen, bench.program, generator)
+        counts = [round(width.size * share / 8) * 8 for share in SHARES]
+        for method, (order, refit) in METHODS.items():
+            made = rungs(width, seen, ranked[order], counts, refit=refit)
+            for share, rung in zip(SHARES, made, strict=True):
+                edits = tuple(narrow(found.table, width, rung.keep, rung.repairs, bench.program))
+                actions.setdefault((method, share), []).append(Action("cut", label, edits, ""))
+                losses[method, share] = losses.get((method, share), 0.0) + rung.error
+    for (method, share), chosen in actions.items():
+        yield method, share, rewrite.apply(bench.program, chosen), losses[method, share]
+
+
+def orders(
+    width: Width, seen: Sequence[View], program: Program, generator: torch.Generator
+) -> Mapping[str, Tensor]:
+    """Returns how channels are chosen -> the order in which they go."""
+    least = round(width.size * min(SHARES) / 8) * 8
+    size = torch.ones(width.size, dtype=torch.float64)
+    for holder in width.holders:
+        weight = program.weights[holder.weight].double().movedim(holder.axis, 0)
+        if weight.dim() > 1:
+            part = weight[holder.offset : holder.offset + width.size]
+            size *= part.flatten(1).norm(dim=1)
+    return {
+        "cost after repair": removal_order(width, seen, least, refit=True),
+        "energy": energy_scores(width, seen).argsort(),
+        "magnitude": size.argsort(),
+        "random": torch.randperm(width.size, generator=generator),
+    }
+
+
+def measure(
+    name: str, seeds: Sequence[int], rows: int, reporting: int, found: list[dict[str, object]]
+) -> None:
+    """Adds one record for each seed, method and share of a model."""
+    bench = prepare(name, rows, 4, reporting)
+    metric = bench.metrics[0]
+    for seed in seeds:
+        found[:] = [r for r in found if (r["model"], r["seed"]) != (name, seed)]
+        size = max(2, len(bench.calibration) // 2)
+        picked = sorted(random.Random(seed).sample(range(len(bench.calibration)), size))
+        data = Batches(tuple(bench.calibration[number] for number in picked))
+        started = time.perf_counter()
+        for method, share, program, predicted in cut_programs(bench, data, seed):
+            now = judged(bench, program)
+            loss = torch.tensor([now[metric].value, now[metric].original]).log()
+            record = {
+                "model": name, "seed": seed, "method": method, "share": share,
+                "perplexity": now[metric].value, "original": now[metric].original,
+                "increase": float(loss[0] - loss[1]), "kl": now["kl"].value,
+                "predicted": predicted,
+            }  # fmt: skip
+            found.append(record)
+            print(
+                f"{name} seed {seed} {share:.0%} {method}: {record['perplexity']:.3f}", flush=True
+            )
+        print(f"{name} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+        write(found)
+
+
+def table(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Yields the lines of the Markdown table, and the verdicts."""
+    yield "| model | channels left | method | perplexity | loss increase | of unrepaired | kl |"
+    yield "|---|---|---|---|---|---|---|"
+    verdicts = []
+    for model in dict.fromkeys(str(record["model"]) for record in found):
+        for share in SHARES:
+            rows = {m: _of(found, model, share, m) for m in METHODS}
+            bare = statistics.fmean(r["increase"] for r in rows[BEST_BARE])
+            for method, records in rows.items():
+                means = {
+                    k: statistics.fmean(r[k] for r in records)
+                    for k in ("perplexity", "increase", "kl")
+                }
+                spread = statistics.pstdev([r["increase"] for r in records])
+                ratio = means["increase"] / bare
+                yield (
+                    f"| {model} ({records[0]['original']:.2f}) | {share:.0%} | {method} "
+                    f"| {means['perplexity']:.2f} | {means['increase']:.4f} ± {spread:.4f} "
+                    f"| {ratio:.2f} | {means['kl']:.4f} |"
+                )
+                if method == "repaired":
+                    verdict = "met" if ratio <= GOAL else "missed"
+                    verdicts.append(
+                        f"{model}, {share:.0%} left: {ratio:.2f} of unrepaired: {verdict}"
+                    )
+    yield ""
+    yield from (f"- {verdict}" for verdict in verdicts)
+
+
+def _of(found: Sequence[Mapping[str, object]], model: str, share: float, method: str) -> list[dict]:
+    key = (model, share, method)
+    return [dict(r) for r in found if (r["model"], r["share"], r["method"]) == key]
+
+
+def write(found: Sequence[Mapping[str, object]]) -> None:
+    """Writes what is known so far."""
+    RESULTS.mkdir(exist_ok=True)
+    seeds = len({record["seed"] for record in found})
+    text = "\n".join(
+        ["# Feed-forward channels: which go, and what a repair brings", "",
+         f"{seeds} seeds, each half of the calibration rows; loss increase in nats per token on "
+         f"reporting rows; "
+         f"in brackets the original's perplexity. Goal: repaired at most {GOAL} of "
+         f"'{BEST_BARE}'.", "", *table(found), ""]
+    )  # fmt: skip
+    (RESULTS / "width_channels.md").write_text(text)
+    (RESULTS / "width_channels.json").write_text(json.dumps(list(found), indent=1))
+
+
+def main() -> None:
+    """Runs all models and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default="gpt2,qwen3")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--reporting", type=int, default=16)
+    options = parser.parse_args()
+    known = RESULTS / "width_channels.json"
+    found: list[dict[str, object]] = json.loads(known.read_text()) if known.exists() else []
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for name in options.models.split(","):
+        measure(name, seeds, options.rows, options.reporting, found)
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()
