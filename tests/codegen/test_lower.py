@@ -204,6 +204,22 @@ def test_a_spelled_norm_is_lowered_with_its_gain() -> None:
     check_numbers(ASKED.exactness, program, after, [torch.randn(3, 16), torch.randn(3, 16)])
 
 
+def test_a_norm_that_reads_a_cast_of_the_sum_to_its_own_dtype() -> None:
+    """In float32, models whose norms compute in float32 go on with the cast's result."""
+    b = Builder()
+    x, y = b.input("x", "batch", 16), b.input("y", "batch", 16)
+    gain = b.weight("gain", torch.rand(16))
+    total = b.call(aten.to.dtype, b.call(aten.add.Tensor, x, y), torch.float32)
+    mean = b.call(aten.mean.dim, b.call(aten.pow.Tensor_Scalar, total, 2), [-1], True)
+    root = b.call(aten.rsqrt.default, b.call(aten.add.Tensor, mean, 1e-5))
+    normed = b.call(aten.mul.Tensor, gain, b.call(aten.mul.Tensor, total, root))
+    program = b.program(normed, b.call(aten.neg.default, total))
+    checked = run_pass(ASKED, program)
+    assert checked.rules == ["lower.add_norm"]
+    values = {name: torch.randn(3, 16) for name in "xy"}
+    check_numbers(ASKED.exactness, program, checked.after, values)
+
+
 def test_an_operand_that_comes_too_late_is_said() -> None:
     b = Builder()
     total = plain(b)

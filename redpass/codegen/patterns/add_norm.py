@@ -80,9 +80,18 @@ def _norm_fault(program: Program, add: fx.Node, norm: Norm) -> str:
     if not _over_last_axis(program, norm, width):
         return "the norm does not run over the last axis alone"
     inside = norm.nodes | {add.name}
-    if read := reader_outside(program, inside, (add.name, norm.output)):
+    if read := reader_outside(program, inside, (*_copies(add), norm.output)):
         return f"'{read}' inside the norm is read elsewhere too"
     return ""
+
+
+def _copies(add: fx.Node) -> list[str]:
+    """The sum and what holds it once more, such as a cast to its own dtype: all may be read."""
+    found = [add]
+    for node in found:
+        users = (user for user in node.users if ops.is_call(user, *ops.CASTS, *ops.COPIES))
+        found += [user for user in users if _form(user) == _form(add)]
+    return [node.name for node in found]
 
 
 def _over_last_axis(program: Program, norm: Norm, width: Any) -> bool:
