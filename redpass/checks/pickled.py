@@ -17,7 +17,7 @@ from redpass.checks import archive
 from redpass.errors import LoadError
 
 AGAIN = "save it again with torch.save"
-MAX_PICKLE, MAX_STEPS = 64 << 20, 2_000_000
+MAX_PICKLE, MAX_STEPS = 64 << 20, 1_000_000
 """Bytes and instructions of the pickle itself, without the tensors, which lie beside it."""
 
 FUNCTIONS = frozenset(
