@@ -17,6 +17,7 @@ from redpass.analysis.observers import CrossGram, Observer, Spread
 from redpass.analysis.ridge import HELD_BACK
 from redpass.analysis.statistics import LIMIT, Statistics, collect, footprint
 from redpass.analysis.structure import Structure
+from redpass.analysis.tokens import Tokens
 from redpass.data import Batches
 from redpass.program import Program
 
@@ -77,6 +78,19 @@ def views(
         ]
         for label, width in group:
             yield label, width, _views(program, width, sums, totals)
+
+
+def why_not_measured(program: Program, width: Width) -> str:
+    """Returns why a width's statistics cannot be had, or "". Nothing is run."""
+    tokens = Tokens(program)
+    for reader in width.readers:
+        features = program.weights[reader.weight].shape[reader.axis]
+        if tokens.width(reader.input) != features:
+            return f"which axis of {reader.input} holds its units could not be told"
+    size = 2 * footprint(program, _observers(width, {}))
+    if size > LIMIT:
+        return f"its second moments take {size / 1e9:.1f} GB, more than {LIMIT / 1e9:.1f} GB"
+    return ""
 
 
 def _parts(data: Batches) -> tuple[Batches, Batches | None]:

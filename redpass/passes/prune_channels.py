@@ -14,7 +14,7 @@ from redpass.analysis import cost, structure
 from redpass.analysis.channel_cuts import Rung, removal_order, rungs
 from redpass.analysis.channel_ladders import check_ladder, ladder, named, saving, uniform
 from redpass.analysis.channel_places import ChannelPlaces, channel_places
-from redpass.analysis.channel_statistics import views
+from redpass.analysis.channel_statistics import views, why_not_measured
 from redpass.analysis.linears import linears
 from redpass.analysis.narrowing import Width, narrow, widths
 from redpass.facts import Facts
@@ -73,6 +73,9 @@ class PruneChannels:
         counts: dict[str, list[int]] = {}
         for label, width in found.by_label.items():
             if label in found.obstacles or found.kinds[label] not in self.kinds:
+                continue
+            if why := why_not_measured(program, width):
+                skips.append(Skip(RULE, label, why))
                 continue
             counts[label] = wanted.get(label, []) if wanted is not None else self._counts(width)
             if not counts[label] and wanted is None:

@@ -196,6 +196,13 @@ def test_what_is_left_alone_is_told():
     assert plan(alone, rows()).skips[0].reason == "no linear reads what another one computes"
 
 
+def test_a_width_whose_moments_do_not_fit_is_left_alone(monkeypatch):
+    monkeypatch.setattr("redpass.analysis.channel_statistics.LIMIT", 1000)
+    found = plan(gated(layers=1), rows())
+    assert not found.actions
+    assert "second moments take" in found.skips[-1].reason
+
+
 class Convolutions(nn.Module):
     """Batch norms, a residual sum, a depthwise convolution, a concatenation, a flattened end."""
 
