@@ -10,6 +10,7 @@ from torch import fx
 
 from redpass import ops
 from redpass.plan import Ref
+from redpass.program import Program
 
 
 class Unfit(Exception):  # noqa: N818
@@ -89,3 +90,11 @@ def named(arguments: Any) -> Any:
     """Returns arguments with names in place of nodes, as edits hold them."""
     by_name: Any = lambda node: Ref(node.name)  # noqa: E731
     return fx.node.map_arg(arguments, by_name)
+
+
+def new_node(program: Program, name: str) -> str:
+    """Returns a name that no node of the program has: edits find nodes by name."""
+    found, number = name, 2
+    while found in program.nodes:
+        found, number = f"{name}_{number}", number + 1
+    return found

@@ -22,7 +22,15 @@ import torch
 from torch import fx
 
 from redpass import ops
-from redpass.analysis.head_axes import Factor, Unfit, is_equal, named, old_size, plain_form
+from redpass.analysis.head_axes import (
+    Factor,
+    Unfit,
+    is_equal,
+    named,
+    new_node,
+    old_size,
+    plain_form,
+)
 from redpass.analysis.head_joins import HeadCut, Job, Part, join, spread
 from redpass.analysis.head_sites import KINDS, HeadSite
 from redpass.analysis.head_weights import Weights
@@ -100,7 +108,8 @@ def _follow_masks(job: Job) -> None:
         if count != job.heads.old or len(of) != job.heads.new:
             raise Unfit(f"its mask {mask.name} is not one for all heads, nor one for each")
         index = job.index("mask_of", of)
-        name = f"{mask.name}_{job.what}_{job.site.label.replace('.', '_').replace('-', '_')}"
+        place = job.site.label.replace(".", "_").replace("-", "_")
+        name = new_node(job.site.program, f"{mask.name}_{job.what}_{place}")
         readers = [user for user in mask.users if user in core.nodes]
         before = min(readers, key=job.site.flow.order.__getitem__).name
         call: Any = aten.index_select.default

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from redpass import ops
-from redpass.analysis.head_axes import Factor, Unfit
+from redpass.analysis.head_axes import Factor, Unfit, new_node
 from redpass.analysis.head_forms import Forms
 from redpass.analysis.head_sites import KINDS, HeadSite, Side
 from redpass.plan import Edit, Insert, Ref, SetArgument, SetWeight, WeightRef
@@ -211,7 +211,7 @@ class _Join:
         count = job.count(self.side.kind)
         if of == tuple(range(count)) or job.is_grouped():
             return narrow.name
-        name = f"{narrow.name}_{job.what}"
+        name = new_node(job.site.program, f"{narrow.name}_{job.what}")
         call: Any = aten.repeat_interleave.self_int
         arguments: tuple[Any, ...] = (Ref(narrow.name), len(of) // count, axis)
         if of != spread(count, len(of)) or len(of) % count:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from redpass import ops
-from redpass.analysis.head_axes import Factor, Unfit, named, plain_form
+from redpass.analysis.head_axes import Factor, Unfit, named, new_node, plain_form
 from redpass.analysis.head_forms import Forms
 from redpass.analysis.head_sites import HeadSite, Side
 from redpass.analysis.linears import Linear, new_name
@@ -116,12 +116,15 @@ class Weights:
         for side, width in zip(sides, widths, strict=True):
             source = end.name
             if len(sides) > 1:
-                source = f"{end.name}_{side.kind}_{self.what}"
+                source = self._fresh(f"{end.name}_{side.kind}_{self.what}")
                 before = min((s[0] for s in self.splits.values()), key=self._order).name
                 args = (Ref(end.name), -1, start, start + width)
                 yield Insert(source, aten.slice.Tensor, args, before)
             yield from self._split(side, end, source)
             start += width
+
+    def _fresh(self, name: str) -> str:
+        return new_node(self.site.program, name)
 
     def _order(self, node: fx.Node) -> int:
         return self.site.flow.order[node]
@@ -169,14 +172,14 @@ class Weights:
             sizes = named([*given[: len(lead)], int(count), int(width)])
             yield SetCall(node.name, (Ref(source), list(sizes)), dict(node.kwargs))
             return
-        split = f"{node.name}_{self.what}"
+        split = self._fresh(f"{node.name}_{self.what}")
         args = (Ref(source), -1, [int(count), int(width)])
         yield Insert(split, aten.unflatten.int, args, node.name)
         order = [*range(len(lead))]
         for axis, place in sorted(((heads, len(lead)), (channels, len(lead) + 1))):
             order.insert(axis, place)
         if order != sorted(order):
-            turned = f"{split}_turned"
+            turned = self._fresh(f"{split}_turned")
             yield Insert(turned, aten.permute.default, (Ref(split), order), node.name)
             split = turned
         for user in node.users:

@@ -52,6 +52,7 @@ class ClusterHeads:
     name: ClassVar[str] = "cluster_heads"
     needs: ClassVar[tuple[Any, ...]] = (structure, cost, head_sites, head_similarity)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     layout: str = "auto"

@@ -49,6 +49,7 @@ class MergeKeyValueHeads:
     name: ClassVar[str] = "merge_key_value_heads"
     needs: ClassVar[tuple[Any, ...]] = (structure, cost, head_sites, head_moments)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.5, 0.25)
     align: bool = True

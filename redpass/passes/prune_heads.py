@@ -48,6 +48,7 @@ class PruneHeads:
     name: ClassVar[str] = "prune_heads"
     needs: ClassVar[tuple[Any, ...]] = (structure, cost, head_sites, head_contributions)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     refit: bool = True

@@ -63,8 +63,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["gather", "wide"])
-@pytest.mark.parametrize("kind", KINDS)
+WIDE = ("fused, cache", "rotary, norms", "spelled")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*((k, "gather") for k in KINDS), *((k, "wide") for k in WIDE)]
+)
 def test_equal_heads_share_scores_and_nothing_changes(kind: str, layout: str) -> None:
     what = KINDS[kind]
     program, batches = what.program(), what.batches()
@@ -106,8 +110,9 @@ def test_queries_of_one_key_head_that_agree_are_one(repeats: str) -> None:
     assert action.saving["parameters"] == 2 * (2 * DIM * 32 + DIM)
 
 
-@pytest.mark.parametrize("layout", ["gather", "wide"])
-@pytest.mark.parametrize("repeats", ["expand", "op"])
+@pytest.mark.parametrize(
+    ("repeats", "layout"), [("expand", "gather"), ("expand", "wide"), ("op", "gather")]
+)
 def test_a_key_head_goes_when_its_queries_share_anothers(repeats: str, layout: str) -> None:
     def edit(weights: dict[str, Tensor], layer: int) -> None:
         for name, size in (("q", 2 * DIM), ("qb", 2 * DIM), ("k", DIM), ("kb", DIM)):
@@ -131,8 +136,7 @@ def test_multi_query_heads_that_agree_are_one() -> None:
     check_same(program, after, batches)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("keys", [2, 4])
+@pytest.mark.parametrize(("count", "keys"), [(1, 4), (3, 2), (3, 4)])
 def test_any_count_runs_on_an_attention_with_nothing_alike(count: int, keys: int) -> None:
     what = Attending(keys=keys, cache=True, spelled=keys == 4)
     program, batches = what.program(), what.batches()

@@ -16,9 +16,12 @@ from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError
 from redpass.facts import Facts
+from redpass.passes.cluster_heads import ClusterHeads
 from redpass.passes.merge_key_value_heads import MergeKeyValueHeads
-from redpass.plan import Plan
+from redpass.passes.prune_heads import PruneHeads
+from redpass.plan import Pass, Plan
 from redpass.program import Program
+from redpass.verify.inputs import complete
 from redpass.verify.rules import check_rules
 
 
@@ -95,6 +98,38 @@ def test_a_free_turn_is_not_taken_where_rotary_forbids_it() -> None:
     assert "turned in rotary planes" in action.reason
     assert action.loss is not None
     assert action.loss > 1e-6  # and what is lost is told
+
+
+@pytest.mark.parametrize(
+    ("first", "keys"), [(ClusterHeads, 4), (PruneHeads, 2), (MergeKeyValueHeads, 4)]
+)
+def test_rewritten_attentions_can_be_looked_at_again(first: type[Pass], keys: int) -> None:
+    what = Attending(keys=keys, cache=True)
+    program, batches = what.program(), what.batches(2)
+    for _ in range(2):
+        plan = _plan(first(), program, batches)
+        program = rewrite.apply(program, plan.actions[:1])
+        check_rules(program)
+        for again in (ClusterHeads(shares=(0.5,)), PruneHeads(shares=(0.5,)), first()):
+            plan = _plan(again, program, batches)
+            assert plan.actions or plan.skips
+            for action in plan.actions:
+                after = rewrite.apply(program, [action])
+                check_rules(after)
+                saved = total_cost(program).parameters - total_cost(after).parameters
+                assert saved == action.saving["parameters"]
+                # What is predicted is what happens: the one attention writes to the output.
+                off = size = 0.0
+                for batch in batches:
+                    old = program(**complete(program, batch))[0]
+                    new = after(**complete(after, batch))[0]
+                    off += float((old - new).square().sum())
+                    size += float(old.square().sum())
+                assert action.loss == pytest.approx(off / size, rel=1e-2, abs=1e-9)
+
+
+def _plan(pass_: Pass, program: Program, batches: Batches) -> Plan:
+    return pass_.plan(program, Facts(program, batches).restrict(tuple(pass_.needs)))
 
 
 def test_parts_of_one_size() -> None:
