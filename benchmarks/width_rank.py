@@ -211,7 +211,7 @@ def _table(name: str, runs: dict[str, Any]) -> list[str]:
     seeds = [run for seed, run in sorted(runs.items()) if seed != "original"]
     original = runs["original"]
     first = next(iter(original))
-    shown = [metric for metric in (first, "kl") if metric in original]
+    shown = [metric for metric in dict.fromkeys((first, "kl")) if metric in original]
     cuts = list(seeds[0])
     lines = [f"## {name}, {len(seeds)} seeds, original {first} {original[first]:.4g}", ""]
     heads = [f"{metric}, {float(cut):.0%} cut" for cut in cuts for metric in shown]
@@ -247,7 +247,7 @@ def main() -> None:
         kept = json.loads(store.read_text()) if store.exists() else {}
         runs = kept.setdefault(f"{options.model}, {options.part}", {"original": original})
         runs[str(seed)] = found
-        store.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        store.write_text(json.dumps(kept, indent=1) + "\n")
         (options.out / "width_rank.md").write_text(tables(kept))
         print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
 
