@@ -235,10 +235,10 @@ def times() -> Iterator[dict[str, dict[str, float]]]:
             yield found
 
 
-def write(found: Mapping[str, Any]) -> None:
+def write(found: Mapping[str, Any], out: Path) -> None:
     """Writes all that is known as JSON and as tables."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "width_cache.json").write_text(json.dumps(found, indent=1) + "\n")
+    out.mkdir(exist_ok=True)
+    (out / "width_cache.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = ["# Smaller caches of keys and values", "", "Made by `benchmarks/width_cache.py`.", ""]
     for name, part in found.get("quality", {}).items():
         lines += _quality_table(name, part)
@@ -251,7 +251,7 @@ def write(found: Mapping[str, Any]) -> None:
         ]  # fmt: skip
     if "times" in found:
         lines += _times_table(found["times"])
-    (RESULTS / "width_cache.md").write_text("\n".join(lines).rstrip() + "\n")
+    (out / "width_cache.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def _quality_table(name: str, part: Mapping[str, Any]) -> list[str]:
@@ -266,9 +266,14 @@ def _quality_table(name: str, part: Mapping[str, Any]) -> list[str]:
         "|---|" + "---|" * len(SHARES),
     ]
     for recipe, shares in part["recipes"].items():
-        cells = [f"{statistics.fmean(v):.3f} ± {statistics.pstdev(v):.3f}" for v in shares.values()]
+        cells = [mean_and_spread([*values.values()]) for values in shares.values()]
         lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Returns a cell of a table."""
+    return f"{statistics.fmean(values):.3f} ± {statistics.pstdev(values):.3f}"
 
 
 def _times_table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -297,15 +302,16 @@ def main() -> None:
     parser.add_argument("--recipes", default="", help="names with ; between them, all if empty")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--reporting", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    path = RESULTS / "width_cache.json"
+    path = options.out / "width_cache.json"
     torch.set_num_threads(1)
     known = json.loads(path.read_text()) if path.exists() else {}
     if options.part == "bytes":
-        write(known | {"bytes": bytes_held()})
+        write(known | {"bytes": bytes_held()}, options.out)
     elif options.part == "times":
         for found in times():
-            write(known | {"times": found})
+            write(known | {"times": found}, options.out)
     else:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         only = [name for name in options.recipes.split(";") if name]
@@ -314,7 +320,7 @@ def main() -> None:
         old = tables.get(options.model)
         for found in quality(options.model, seeds, only, *size, old):
             tables[options.model] = found
-            write(known)
+            write(known, options.out)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def key_basis(
         blocks = torch.diag_embed(energy.expand(groups, size, cache.width))
     metrics = _roots(torch.stack([torch.block_diag(*group) for group in blocks]))
     gram = moments.split_gram if rebuilt else moments.covariance
-    scale = cache.site.attention.scale or cache.width**-0.5
+    scale = cache.site.core.factor or cache.width**-0.5
 
     def loss(error: Tensor) -> float:
         each = torch.stack([_diagonal_blocks(part, size) for part in error]).flatten(0, 1)
