@@ -131,7 +131,7 @@ def table(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
     verdicts = []
     for model in dict.fromkeys(str(record["model"]) for record in found):
         for share in SHARES:
-            rows = {m: _of(found, model, share, m) for m in METHODS}
+            rows = {m: made for m in METHODS if (made := _of(found, model, share, m))}
             bare = statistics.fmean(r["increase"] for r in rows[BEST_BARE])
             for method, records in rows.items():
                 means = {
