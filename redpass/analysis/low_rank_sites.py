@@ -72,14 +72,25 @@ class Sites:
     skips: Mapping[str, str]
 
 
+def check_ladder(shares: Sequence[float], multiple: int, place: str) -> None:
+    """Raises `UsageError` for shares or multiples that no ladder of widths or ranks can have."""
+    for share in shares:
+        if not 0 < share < 1:
+            hint = "write 0.5 to leave half"
+            raise UsageError(f"a share of {share}", place=place, hint=hint)
+    if multiple < 1:
+        raise UsageError(f"multiples of {multiple}", place=place, hint="give 1 for any size")
+
+
 def sites(program: Program, facts: Facts | None = None) -> Sites:
     """Finds the weights that only linears read. Looks at shapes, never at data."""
     table = linears(program) if facts is None else facts.get(linears)
     found: dict[str, Site] = {}
     skips: dict[str, str] = dict(_opaque(program, table))
+    tokens = Tokens(program)
     for group in _by_weight(program, table):
         site = Site(group[0].weight.removesuffix(".weight"), group)
-        reason = _why_not(site, table, program)
+        reason = _why_not(site, table, tokens)
         if reason:
             skips[site.label] = reason
         else:
@@ -89,8 +100,8 @@ def sites(program: Program, facts: Facts | None = None) -> Sites:
 
 def _opaque(program: Program, table: Linears) -> Iterator[tuple[str, str]]:
     for node in program.graph.nodes:
-        named = node.op == "call_function" and "linear" in ops.base_name(node)
-        if named and node.name not in table.by_node:
+        foreign = ops.namespace(node) != "aten" and "linear" in ops.base_name(node)
+        if (foreign or ops.is_call(node, "linear")) and node.name not in table.by_node:
             yield node.name, "its weight is computed, quantised or of more than two dimensions"
 
 
@@ -101,9 +112,9 @@ def _by_weight(program: Program, table: Linears) -> Iterator[tuple[Linear, ...]]
     yield from map(tuple, groups.values())
 
 
-def _why_not(site: Site, table: Linears, program: Program) -> str:
+def _why_not(site: Site, table: Linears, tokens: Tokens) -> str:
     first = site.linears[0]
-    dtype = program.weights[first.weight].dtype
+    dtype = tokens.program.weights[first.weight].dtype
     if table.readers[first.weight] != len(site.linears):
         return f"'{first.weight}' is read by something else than a linear, too"
     if len({linear.transposed for linear in site.linears}) > 1:
@@ -112,7 +123,6 @@ def _why_not(site: Site, table: Linears, program: Program) -> str:
         return f"a weight of {dtype} is quantised"
     if any(_is_thin(linear, table) for linear in site.linears):
         return "it is one of two thin linears already"
-    tokens = Tokens(program)
     if any(tokens.width(linear.input) != linear.ins for linear in site.linears):
         return "the features of its input are not on the last axis"
     return ""
@@ -155,6 +165,8 @@ def factored(
 
 def _thin_pair(program: Program, linear: Linear, names: Sequence[str]) -> list[Edit]:
     node = f"{linear.node}_down"
+    while node in program.nodes:
+        node += "_"
     return [
         linear.call(node, linear.input, names[1], None, linear.node),
         SetArgument(linear.node, linear.input, node),

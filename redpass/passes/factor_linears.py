@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.low_rank import LowRank, by_fisher, plain, whitened
-from redpass.analysis.low_rank_sites import Sites, sites
+from redpass.analysis.low_rank_sites import Sites, check_ladder, sites
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
@@ -35,9 +35,8 @@ class FactorLinears:
     predicted loss is the error put into the residual stream, see `redpass.analysis.low_rank`.
     Not tried: weights that something else than a linear reads, quantised or computed weights,
     stacks of experts, linears that are one of two thin ones already.
-    Costs: one calibration run and one eigenproblem a weight, of its smaller side. The candidates
-    hold their weights until the search is over. With fewer tokens than channels the Gram matrix is
-    mostly a guess (drawn towards equal channels): evidence has the number of tokens.
+    Costs: one calibration run, one eigenproblem a weight. Candidates hold their weights. With
+    fewer tokens than channels losses are mostly a guess: evidence has the number of tokens.
     Source: SVD-LLM (Wang et al. 2024, arXiv:2403.07378), ASVD (Yuan et al. 2023,
     arXiv:2312.05821).
 
@@ -54,6 +53,7 @@ class FactorLinears:
     name: ClassVar[str] = "factor_linears"
     needs: ClassVar[tuple[Any, ...]] = (sites, cost, whitened, by_fisher, plain)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     multiple: int = 8
@@ -77,18 +77,12 @@ class FactorLinears:
             for item in self._rungs(program, facts, cuts[label], wanted.get(label, ()))
             if site.break_even
         ]
-        found = Plan.of(items)
-        actions = sorted(found.actions, key=lambda action: action.loss or 0.0)
-        return Plan(tuple(actions), found.skips + (() if self.only else skips))
+        plan = Plan.of(items)
+        actions = sorted(plan.actions, key=lambda action: action.loss or 0.0)
+        return Plan(tuple(actions), plan.skips + (() if self.only else skips))
 
     def _check(self) -> None:
-        for share in self.shares:
-            if not 0 < share < 1:
-                hint = "write 0.5 to leave half of a weight's numbers"
-                raise UsageError(f"a share of {share}", place=self.name, hint=hint)
-        if self.multiple < 1:
-            hint = "give 1 for any rank"
-            raise UsageError(f"multiples of {self.multiple}", place=self.name, hint=hint)
+        check_ladder(self.shares, self.multiple, self.name)
         if self.score not in SCORES:
             hint = nearest(self.score, SCORES)
             raise UsageError(f"unknown score '{self.score}'", place=self.name, hint=hint)

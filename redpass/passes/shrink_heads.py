@@ -16,6 +16,7 @@ from redpass.analysis.head_axes import Unfit
 from redpass.analysis.head_savings import kinds_of, saving, width_of
 from redpass.analysis.head_sites import HeadSite, head_sites
 from redpass.analysis.head_widths import HeadWidths, head_shapes, head_widths
+from redpass.analysis.low_rank_sites import check_ladder
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
@@ -50,6 +51,7 @@ class ShrinkHeads:
     name: ClassVar[str] = "shrink_heads"
     needs: ClassVar[tuple[Any, ...]] = (head_sites, head_shapes, head_widths, cost)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     multiple: int = 8
@@ -77,13 +79,7 @@ class ShrinkHeads:
         return Plan(tuple(actions), skips + tuple(dict.fromkeys(plan.skips)))
 
     def _check(self) -> None:
-        for share in self.shares:
-            if not 0 < share < 1:
-                hint = "write 0.5 to leave half of a head's width"
-                raise UsageError(f"a share of {share}", place=self.name, hint=hint)
-        if self.multiple < 1:
-            hint = "give 1 for any width"
-            raise UsageError(f"multiples of {self.multiple}", place=self.name, hint=hint)
+        check_ladder(self.shares, self.multiple, self.name)
         if self.basis not in BASES:
             hint = nearest(self.basis, BASES)
             raise UsageError(f"unknown basis '{self.basis}'", place=self.name, hint=hint)
