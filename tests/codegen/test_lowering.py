@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import hot_models
@@ -16,6 +17,7 @@ from redpass.codegen.ops import dispatch
 from redpass.errors import UsageError
 from redpass.export import to_pt2
 from redpass.lowering import on_device
+from redpass.program import Program
 from redpass.verify.inputs import random_inputs
 
 
@@ -70,6 +72,25 @@ def test_on_a_cpu_the_references_run_without_a_word(recwarn: pytest.WarningsReco
     program = redpass.lower(hot_models.paths(), "triton").program
     program(**random_inputs(program))
     assert not [w for w in recwarn if issubclass(w.category, dispatch.KernelWarning)]
+
+
+def calls(program: Program) -> Counter[str]:
+    nodes = program.module.graph.nodes
+    return Counter(str(node.target) for node in nodes if node.op == "call_function")
+
+
+def test_on_a_cpu_what_runs_is_what_ran_before() -> None:
+    """The very same calls but for views, so lowering costs no time there."""
+    before = calls(hot_models.paths())
+    found = calls(redpass.lower(hot_models.paths(), "triton").program)
+    assert not any("redpass" in name for name in found)
+    changed = {name for name in found | before if found[name] != before[name]}
+    assert changed <= {"aten.unsqueeze.default", "aten.slice.Tensor"}
+
+
+def test_a_program_that_moved_to_another_device_keeps_its_ops() -> None:
+    program = redpass.lower(hot_models.paths(), "triton").program
+    assert "redpass.gated_feed_forward" in on_device(program, "meta").module.code
 
 
 def test_devices_that_the_graph_names_move_with_the_weights() -> None:
