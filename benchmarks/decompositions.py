@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from redpass.analysis.whitening import decompose
+from redpass.analysis.ranks.whitening import decompose
 
 CASES = ("512x1408", "1408x512", "1024x2752", "4096x4096", "4096x11008", "11008x4096")
 LARGEST_SVD = 1024 * 2752

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.leaderboard import Bench, judged, prepare
 from redpass import rewrite
-from redpass.analysis.channel_cuts import energy_scores, removal_order, rungs
-from redpass.analysis.channel_places import channel_places
-from redpass.analysis.channel_statistics import View, views
-from redpass.analysis.narrowing import Width, narrow
 from redpass.analysis.structure import structure
+from redpass.analysis.widths.cuts import energy_scores, removal_order, rungs
+from redpass.analysis.widths.narrowing import Width, narrow
+from redpass.analysis.widths.places import channel_places
+from redpass.analysis.widths.statistics import View, views
 from redpass.data import Batches
 from redpass.facts import Facts
 from redpass.plan import Action

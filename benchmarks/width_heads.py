@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.leaderboard import Bench, judged, prepare
 from redpass import rewrite
-from redpass.analysis.head_clusters import clusters, random_clusters
-from redpass.analysis.head_contributions import head_contributions, magnitudes
-from redpass.analysis.head_cuts import edits
-from redpass.analysis.head_fits import HeadFits
-from redpass.analysis.head_ladders import Offer, cluster_offer, counts_of, prune_offers
-from redpass.analysis.head_similarity import head_similarity
-from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.heads.clusters import clusters, random_clusters
+from redpass.analysis.heads.contributions import head_contributions, magnitudes
+from redpass.analysis.heads.cuts import edits
+from redpass.analysis.heads.fits import HeadFits
+from redpass.analysis.heads.ladders import Offer, cluster_offer, counts_of, prune_offers
+from redpass.analysis.heads.similarity import head_similarity
+from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.data import Batches
 from redpass.facts import Facts
 from redpass.plan import Action, ResizeState

@@ -22,8 +22,8 @@ import redpass
 import testbed
 from redpass import bench, rewrite
 from redpass.analysis import cost
-from redpass.analysis.channel_places import channel_places
-from redpass.analysis.narrowing import narrow
+from redpass.analysis.widths.narrowing import narrow
+from redpass.analysis.widths.places import channel_places
 from redpass.facts import Facts
 from redpass.plan import Action
 from redpass.program import Program

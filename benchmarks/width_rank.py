@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.leaderboard import Bench, judged, prepare
 from redpass import rewrite
-from redpass.analysis.low_rank_sites import sites
+from redpass.analysis.ranks.sites import sites
 from redpass.analysis.structure import structure
 from redpass.budget.allocation import allocated, ladders, measure_ladders
 from redpass.budget.candidates import Candidate

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from redpass.analysis.head_axes import Unfit
+from redpass.analysis.heads.axes import Unfit
 from redpass.analysis.linears import new_name
 from redpass.fake import fake_mode, fake_tensor
 from redpass.plan import Edit, Insert, Ref, SetWeight, WeightRef

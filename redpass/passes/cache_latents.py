@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from redpass.analysis.cache_bases import BASES, Basis, key_basis, value_basis
-from redpass.analysis.cache_edits import absorbed_values, projected_keys, rebuilt
-from redpass.analysis.cache_ladders import (
+from redpass.analysis.caches.bases import BASES, Basis, key_basis, value_basis
+from redpass.analysis.caches.edits import absorbed_values, projected_keys, rebuilt
+from redpass.analysis.caches.ladders import (
     Ladder,
     check_ladder,
     check_word,
@@ -21,10 +21,10 @@ from redpass.analysis.cache_ladders import (
     ranks_of,
     saving,
 )
-from redpass.analysis.cache_moments import Moments, cache_moments
-from redpass.analysis.cache_parts import is_fused
-from redpass.analysis.cache_sites import NO_CACHE, CacheSide, cache_sites
-from redpass.analysis.head_axes import Unfit
+from redpass.analysis.caches.moments import Moments, cache_moments
+from redpass.analysis.caches.parts import is_fused
+from redpass.analysis.caches.sites import NO_CACHE, CacheSide, cache_sites
+from redpass.analysis.heads.axes import Unfit
 from redpass.facts import Facts
 from redpass.plan import Action, Edit, Exactness, Plan, Skip
 from redpass.program import Program

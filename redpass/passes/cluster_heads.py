@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.head_fits import HeadFits
-from redpass.analysis.head_ladders import Offers, cluster_offers
-from redpass.analysis.head_layouts import LAYOUTS
-from redpass.analysis.head_similarity import head_similarity, is_measurable
-from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.heads.fits import HeadFits
+from redpass.analysis.heads.ladders import Offers, cluster_offers
+from redpass.analysis.heads.layouts import LAYOUTS
+from redpass.analysis.heads.similarity import head_similarity, is_measurable
+from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.passes.heads import ladders
@@ -31,7 +31,7 @@ class ClusterHeads:
 
     What: per layer a ladder of cluster counts. `W_q` and `W_k` keep the rows of the
     representatives, the K cache their heads only. Every head keeps its own value, repeated scores
-    being gathered or values put side by side (`layout`, see `redpass.analysis.head_layouts`).
+    being gathered or values put side by side (`layout`, see `redpass.analysis.heads.layouts`).
     Heads of a cluster that read one value head are merged: their outputs are equal. The output
     projection is fitted anew. Masks with a place for each head follow.
     When: never by itself. Multi-head, grouped and multi-query attention, fused or spelled out,

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from redpass.analysis.cache_channels import ORDERS, kept_channels
-from redpass.analysis.cache_edits import projected_keys
-from redpass.analysis.cache_ladders import (
+from redpass.analysis.caches.channels import ORDERS, kept_channels
+from redpass.analysis.caches.edits import projected_keys
+from redpass.analysis.caches.ladders import (
     Ladder,
     check_ladder,
     check_word,
@@ -20,9 +20,9 @@ from redpass.analysis.cache_ladders import (
     ranks_of,
     saving,
 )
-from redpass.analysis.cache_moments import Moments, cache_moments
-from redpass.analysis.cache_sites import NO_CACHE, CacheSide, cache_sites
-from redpass.analysis.head_axes import Unfit
+from redpass.analysis.caches.moments import Moments, cache_moments
+from redpass.analysis.caches.sites import NO_CACHE, CacheSide, cache_sites
+from redpass.analysis.heads.axes import Unfit
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
-from redpass.analysis.low_rank import LowRank, by_fisher, plain, whitened
-from redpass.analysis.low_rank_sites import Sites, check_ladder, sites
+from redpass.analysis.ranks.sites import Sites, check_ladder, sites
+from redpass.analysis.ranks.truncation import LowRank, by_fisher, plain, whitened
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
@@ -32,7 +32,7 @@ class FactorLinears:
     what is cut. Each rank of the ladder is a candidate; a weight that is of low rank already is
     one that costs nothing.
     When: never by itself. Only at ranks at which the two hold fewer numbers than the one. The
-    predicted loss is the error put into the residual stream, see `redpass.analysis.low_rank`.
+    predicted loss is the error put into the residual stream: `redpass.analysis.ranks.truncation`.
     Not tried: weights that something else than a linear reads, quantised or computed weights,
     stacks of experts, linears that are one of two thin ones already.
     Costs: one calibration run, one eigenproblem a weight. Candidates hold their weights. With

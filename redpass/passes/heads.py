@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from redpass.analysis.head_costs import saved
-from redpass.analysis.head_fits import HeadFits, check_batches
-from redpass.analysis.head_ladders import Offers, Rung, check_shares, named, rungs
-from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.heads.costs import saved
+from redpass.analysis.heads.fits import HeadFits, check_batches
+from redpass.analysis.heads.ladders import Offers, Rung, check_shares, named, rungs
+from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.facts import Facts
 from redpass.plan import Action, Plan, Skip
 

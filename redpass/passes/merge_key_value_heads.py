@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.head_alignment import head_moments
-from redpass.analysis.head_fits import HeadFits
-from redpass.analysis.head_ladders import Offers, merge_offers
-from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.heads.alignment import head_moments
+from redpass.analysis.heads.fits import HeadFits
+from redpass.analysis.heads.ladders import Offers, merge_offers
+from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.facts import Facts
 from redpass.passes.heads import ladders
 from redpass.plan import Exactness, Plan
@@ -32,12 +32,12 @@ class MergeKeyValueHeads:
     projection take back, and replaced by their means; queries are put in order of the clusters.
     Both caches shrink. The output projection is fitted anew.
     When: never by itself. Keys are turned freely without rotary embedding, in the rotated planes
-    with it, and not at all behind norms of heads (`redpass.analysis.head_alignment`); values
+    with it, and not at all behind norms of heads (`redpass.analysis.heads.alignment`); values
     always freely. Heads equal up to such turns lose nothing.
     Not tried: numbers of heads that do not divide, so a configuration can say the result; key and
     value heads that queries read in different ways; training after, which the source needs.
     Costs: two runs over the calibration data, and of each rung one more through its attention.
-    Source: see `redpass.analysis.head_alignment`.
+    Source: see `redpass.analysis.heads.alignment`.
 
     Attributes:
         shares: what is left of the key heads, the ladder.

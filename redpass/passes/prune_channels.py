@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.channel_cuts import Rung, removal_order, rungs
-from redpass.analysis.channel_ladders import check_ladder, ladder, named, saving, uniform
-from redpass.analysis.channel_places import ChannelPlaces, channel_places
-from redpass.analysis.channel_statistics import views, why_not_measured
 from redpass.analysis.linears import linears
-from redpass.analysis.narrowing import Width, narrow, widths
+from redpass.analysis.widths.cuts import Rung, removal_order, rungs
+from redpass.analysis.widths.ladders import check_ladder, ladder, named, saving, uniform
+from redpass.analysis.widths.narrowing import Width, narrow, widths
+from redpass.analysis.widths.places import ChannelPlaces, channel_places
+from redpass.analysis.widths.statistics import views, why_not_measured
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
@@ -38,7 +38,7 @@ class PruneChannels:
     Not tried: widths that a norm or a softmax mixes, public sizes, inner widths of experts.
     Costs: one calibration run for as many places as 4 GiB of Gram matrices hold, time with the cube
     of the width, memory for the new weights of all rungs. Replaying a recipe needs the same data.
-    Source: see `redpass.analysis.channel_cuts`.
+    Source: see `redpass.analysis.widths.cuts`.
 
     Attributes:
         kinds: `feed-forward`, `channels` (convolutions), `hidden` (between other linears).

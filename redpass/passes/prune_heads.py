@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.head_contributions import head_contributions
-from redpass.analysis.head_fits import HeadFits
-from redpass.analysis.head_ladders import Offers, prune_offers
-from redpass.analysis.head_sites import HeadSite, head_sites
+from redpass.analysis.heads.contributions import head_contributions
+from redpass.analysis.heads.fits import HeadFits
+from redpass.analysis.heads.ladders import Offers, prune_offers
+from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.facts import Facts
 from redpass.passes.heads import ladders
 from redpass.plan import Exactness, Plan

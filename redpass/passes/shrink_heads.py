@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost
-from redpass.analysis.clover import BASES
-from redpass.analysis.head_axes import Unfit
-from redpass.analysis.head_savings import kinds_of, saving, width_of
-from redpass.analysis.head_sites import HeadSite, head_sites
-from redpass.analysis.head_widths import HeadWidths, head_shapes, head_widths
-from redpass.analysis.low_rank_sites import check_ladder
+from redpass.analysis.heads.axes import Unfit
+from redpass.analysis.heads.clover import BASES
+from redpass.analysis.heads.savings import kinds_of, saving, width_of
+from redpass.analysis.heads.sites import HeadSite, head_sites
+from redpass.analysis.heads.widths import HeadWidths, head_shapes, head_widths
+from redpass.analysis.ranks.sites import check_ladder
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip

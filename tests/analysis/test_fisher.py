@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import redpass
-from redpass.analysis.fisher import fisher
+from redpass.analysis.ranks.fisher import fisher
 from redpass.data import Batches, Splits
 from redpass.facts import Facts
 from redpass.program import Program, interpret

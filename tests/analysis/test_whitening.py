@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redpass.analysis.whitening import Decomposition, centred, decompose
+from redpass.analysis.ranks.whitening import Decomposition, centred, decompose
 from redpass.errors import DataError, UsageError
 
 

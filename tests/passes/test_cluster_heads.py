@@ -12,8 +12,8 @@ from torch import Tensor
 from redpass import rewrite
 from redpass.analysis import structure
 from redpass.analysis.cost import total_cost
-from redpass.analysis.head_clusters import clusters, elbow, equal_count, random_clusters
-from redpass.analysis.head_similarity import head_similarity
+from redpass.analysis.heads.clusters import clusters, elbow, equal_count, random_clusters
+from redpass.analysis.heads.similarity import head_similarity
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.codegen.patterns.clustered_attention import find
 from redpass.codegen.patterns.site import Site

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from redpass import rewrite
 from redpass.analysis.cost import total_cost
-from redpass.analysis.head_alignment import equal_parts, turn
+from redpass.analysis.heads.alignment import equal_parts, turn
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError

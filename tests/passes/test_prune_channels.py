@@ -197,7 +197,7 @@ def test_what_is_left_alone_is_told():
 
 
 def test_a_width_whose_moments_do_not_fit_is_left_alone(monkeypatch):
-    monkeypatch.setattr("redpass.analysis.channel_statistics.LIMIT", 1000)
+    monkeypatch.setattr("redpass.analysis.widths.statistics.LIMIT", 1000)
     found = plan(gated(layers=1), rows())
     assert not found.actions
     assert "second moments take" in found.skips[-1].reason

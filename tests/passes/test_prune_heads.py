@@ -11,8 +11,8 @@ from torch import Tensor
 
 from redpass import rewrite
 from redpass.analysis.cost import total_cost
-from redpass.analysis.head_contributions import head_contributions, kept_heads, shapes
-from redpass.analysis.head_sites import head_sites
+from redpass.analysis.heads.contributions import head_contributions, kept_heads, shapes
+from redpass.analysis.heads.sites import head_sites
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 import zoo
 
 from redpass import rewrite
-from redpass.analysis.clover import BASES
 from redpass.analysis.cost import total_cost
-from redpass.analysis.head_savings import kinds_of
-from redpass.analysis.head_widths import head_shapes, head_widths
+from redpass.analysis.heads.clover import BASES
+from redpass.analysis.heads.savings import kinds_of
+from redpass.analysis.heads.widths import head_shapes, head_widths
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError

@@ -16,8 +16,8 @@ from torch import fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
+from redpass.analysis.heads.spreads import Spread, head_count, spread
 from redpass.analysis.provenance import Tracer
-from redpass.analysis.spreads import Spread, head_count, spread
 from redpass.analysis.structure import Structure
 from redpass.codegen.patterns.site import Site
 from redpass.plan import Ref, Skip

@@ -20,10 +20,10 @@ from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
+from redpass.analysis.heads.spreads import Spread, head_count, spread
 from redpass.analysis.linears import Linear, linears, new_name
 from redpass.analysis.provenance import Tracer
 from redpass.analysis.rotary import has_equal_halves
-from redpass.analysis.spreads import Spread, head_count, spread
 from redpass.analysis.structure import Structure
 from redpass.codegen.patterns.rotary import Turn, read_turn, table_of
 from redpass.codegen.patterns.site import Site

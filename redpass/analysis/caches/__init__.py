@@ -1,0 +1,1 @@
+"""Caches of keys and values: where they stand, what to keep of them, and graphs that keep less."""

@@ -1,0 +1,1 @@
+"""Heads of attention: how alike they are, what each gives, and attentions with other heads."""

@@ -1,0 +1,1 @@
+"""Low rank: activation-whitened truncation, where it applies, and what ranks cost."""
