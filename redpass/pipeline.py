@@ -74,6 +74,7 @@ def optimize(
     resume: bool = False,
     search: str = "greedy",
     only_faster: bool = False,
+    reduce: str | Sequence[Pass] | None = None,
 ) -> Result:
     """Optimises a program.
 
@@ -90,6 +91,8 @@ def optimize(
         search: how candidates of approximate passes are chosen: `greedy` (each step measured) or
             `allocated` (each place measured once, then rungs of all places by what they cost for
             what they save) or `one-shot` (in the order of the passes' own scores).
+        reduce: approximate passes that take the place of the default pipeline's, when `passes` is
+            None: `"drop_branches,prune_channels"`.
         only_faster: cuts of width stay only where the whole model is measured faster with them, or
             a cache smaller.
 
@@ -105,11 +108,11 @@ def optimize(
         raise UsageError(
             f"unknown search '{search}'", place="--search", hint=nearest(search, METHODS)
         )
-    chosen = chosen_passes(passes, budget)
+    chosen = chosen_passes(passes, reduce, budget)
     preflight(chosen, budget, data)
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())
     run.sizes = sizes or usual_sizes(program)
-    run.seed, run.command, run.is_named = seed, command, passes is not None
+    run.seed, run.command, run.is_named = seed, command, passes is not None or reduce is not None
     run.method, run.only_faster = search, only_faster
     key = f"{search} {only_faster} " + work_key(
         program, chosen, budget, data, run.settings, run.sizes, seed

@@ -8,6 +8,7 @@ import torch
 import redpass
 from redpass import bench
 from redpass.bench import BenchTable
+from redpass.errors import BudgetError, UsageError
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.prune_channels import PruneChannels
 from redpass.recipe import needs_data, replay
@@ -94,3 +95,23 @@ def test_cuts_that_a_goal_needs_are_not_given_back(residual, residual_data, monk
     )
     assert applied(result)
     assert calls == []
+
+
+def test_reducing_passes_run_between_the_exact_ones(residual, residual_data):
+    result = redpass.optimize(
+        residual, reduce="prune_channels(multiple=1)", budget=LOOSE, data=residual_data
+    )
+    names = [record.name for record in result.record.passes]
+    place = names.index("prune_channels")
+    assert names.index("fold_constants") < place < names.index("merge_linears")
+    assert "drop_branches" not in names
+    assert applied(result)
+
+
+def test_reducing_passes_that_make_no_sense_are_refused(residual, residual_data):
+    for wrong in ({"reduce": "fold_constants"}, {"reduce": "drop_layers", "passes": "drop_layers"}):
+        with pytest.raises(UsageError) as caught:
+            redpass.optimize(residual, budget=LOOSE, data=residual_data, **wrong)
+        assert caught.value.place == "--reduce"
+    with pytest.raises(BudgetError, match="needs a quality budget"):
+        redpass.optimize(residual, reduce="drop_layers", data=residual_data)

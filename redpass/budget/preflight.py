@@ -7,16 +7,37 @@ from collections.abc import Sequence
 from redpass.budget.repair import is_repair
 from redpass.budget.spec import Budget
 from redpass.data import Splits
-from redpass.errors import BudgetError, DataError
+from redpass.errors import BudgetError, DataError, UsageError
 from redpass.passes import default_pipeline
 from redpass.passes.spec import parse_passes
 from redpass.plan import Exactness, Pass
 
 
-def chosen_passes(passes: str | Sequence[Pass] | None, budget: Budget) -> tuple[Pass, ...]:
-    """Returns the passes a run was asked for, parsed; the default pipeline for None."""
-    if passes is None:
-        return default_pipeline(approximate=bool(budget.limits))
+def chosen_passes(
+    passes: str | Sequence[Pass] | None, reduce: str | Sequence[Pass] | None, budget: Budget
+) -> tuple[Pass, ...]:
+    """Returns the passes a run was asked for, parsed; the default pipeline for None.
+
+    Args:
+        reduce: approximate passes that take the place of the default pipeline's.
+
+    Raises:
+        UsageError: both are given, or an exact pass in `reduce`.
+    """
+    if passes is not None and reduce is not None:
+        hint = "--passes is the whole list, --reduce a part of the default one: give one of them"
+        raise UsageError("passes are given twice", place="--reduce", hint=hint)
+    if passes is not None:
+        return _parsed(passes)
+    wanted = _parsed(reduce or ())
+    for pass_ in wanted:
+        if pass_.exactness is not Exactness.APPROXIMATE:
+            hint = "the exact passes of the default pipeline run anyway"
+            raise UsageError(f"'{pass_.name}' is exact", place="--reduce", hint=hint)
+    return default_pipeline(approximate=bool(budget.limits or wanted), reduce=wanted)
+
+
+def _parsed(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
     return parse_passes(passes) if isinstance(passes, str) else tuple(passes)
 
 

@@ -41,6 +41,13 @@ Passes = Annotated[
         "exact ones, and with a --budget the approximate ones too.",
     ),
 ]
+Reduce = Annotated[
+    str | None,
+    Option(
+        metavar="PASSES",
+        help="Approximate passes in place of the default ones; the exact passes run around them.",
+    ),
+]
 
 Kernels = Annotated[
     str | None,
@@ -63,6 +70,7 @@ def optimize(
     passes: Passes = None,
     kernels: Kernels = None,
     bench: Annotated[bool, Option(help="Measure latency before and after.")] = True,
+    reduce: Reduce = None,
     dry: Annotated[
         bool, Option("--dry-run", help="Show what could be done; write nothing.")
     ] = False,
@@ -85,6 +93,7 @@ def optimize(
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
     job.search, job.kernels, job.bench = search, kernels, bench
+    job.reduce = reduce
     screen = Screen(run)
     if dry:
         _finish(screen, job.plan(screen), [])
@@ -125,6 +134,7 @@ class Job:
         self.journal: Path | None = None
         self.resume = False
         self.search, self.bench = "greedy", False
+        self.reduce: str | None = None
         self.kernels: str | None = None
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
@@ -164,6 +174,7 @@ class Job:
             resume=self.resume,
             search=self.search,
             only_faster=self.bench,
+            reduce=self.reduce,
         )
         return replace(found, record=with_kernels(found.record, found.program, self.kernels))
 

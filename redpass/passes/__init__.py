@@ -1,5 +1,7 @@
 """The passes, in the order the pipeline runs them. Adding one: a file, and a line here."""
 
+from collections.abc import Sequence
+
 from redpass.passes.cache_latents import CacheLatents
 from redpass.passes.cluster_heads import ClusterHeads
 from redpass.passes.drop_branches import DropBranches
@@ -88,7 +90,12 @@ PASSES: dict[str, type[Pass]] = {
 """Every pass by the name users type."""
 
 
-def default_pipeline(approximate: bool) -> tuple[Pass, ...]:
-    """Returns the passes of a run in order; with `approximate` those that need a budget too."""
-    middle = REDUCE if approximate else ()
-    return tuple(kind() for kind in (*CLEANUP, *middle, *FUSE, *CLEANUP))
+def default_pipeline(approximate: bool, reduce: Sequence[Pass] = ()) -> tuple[Pass, ...]:
+    """Returns the passes of a run in order; with `approximate` those that need a budget too.
+
+    Args:
+        reduce: approximate passes to run in place of `REDUCE`.
+    """
+    middle = tuple(reduce or (kind() for kind in REDUCE)) if approximate else ()
+    first, last = (tuple(kind() for kind in group) for group in (CLEANUP, (*FUSE, *CLEANUP)))
+    return (*first, *middle, *last)

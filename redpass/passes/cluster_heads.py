@@ -14,7 +14,7 @@ from redpass.analysis import cost, structure
 from redpass.analysis.heads.fits import HeadFits
 from redpass.analysis.heads.ladders import Offers, cluster_offers
 from redpass.analysis.heads.layouts import LAYOUTS
-from redpass.analysis.heads.similarity import head_similarity, is_measurable
+from redpass.analysis.heads.similarity import head_similarity, is_measurable, stand_in_costs
 from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
@@ -27,7 +27,7 @@ RULE = "cluster_heads.correlation"
 
 @dataclass(frozen=True)
 class ClusterHeads:
-    """Lets heads whose attention probabilities are correlated share one query and key head.
+    """Lets heads whose attention probabilities are alike share one query and key head.
 
     What: per layer a ladder of cluster counts. `W_q` and `W_k` keep the rows of the
     representatives, the K cache their heads only. Every head keeps its own value, repeated scores
@@ -40,7 +40,8 @@ class ClusterHeads:
     Not tried: attention behind a norm over all heads, a gate, weights with a place for each head,
     values that something else reads; clusters that depend on the input.
     Costs: two runs over the calibration data, and of each rung one more through its attention.
-    Source: CHAI (Agarwal et al. 2024, arXiv:2403.08058), here fixed for all inputs.
+    Source: CHAI (Agarwal et al. 2024, arXiv:2403.08058), here fixed for all inputs, and with
+    distances that count what a head makes of its probabilities.
 
     Attributes:
         shares: what is left of the heads, the ladder; the elbow of the error is added.
@@ -69,7 +70,7 @@ class ClusterHeads:
         def offer(site: HeadSite, counts: tuple[int, ...], _: HeadFits) -> Offers:
             if not is_measurable(site):
                 return dict.fromkeys(counts or (1,), "the scale of its scores is no constant")
-            correlations = facts.get(head_similarity)[site.label].correlations
-            return cluster_offers(site, correlations, self.shares, counts, self.layout)
+            costs = stand_in_costs(site, facts.get(head_similarity)[site.label])
+            return cluster_offers(site, costs, self.shares, counts, self.layout)
 
         return ladders(RULE, facts, self.shares, self.only, refit=self.refit, offer=offer)

@@ -159,7 +159,9 @@ def test_masks_with_a_place_for_each_head_follow() -> None:
     what = Attending(position_bias=True, edit=alike({2: 1, 3: 1}))
     program, batches = what.program(), what.batches()
     correlations = Facts(program, batches).get(head_similarity)["layers.0.attention"].correlations
-    assert equal_count(correlations) == 4  # equal queries and keys, but positions tell them apart
+    assert (
+        equal_count(1 - correlations) == 4
+    )  # equal queries and keys, but positions tell them apart
     action, after = only(program, batches, only=("layers.0.attention@2",), refit=False)
     check_rules(after)
     assert action.loss is not None
@@ -201,12 +203,12 @@ def test_probabilities_are_those_of_the_core() -> None:
 def test_clusters_by_hand() -> None:
     points = torch.tensor([0.0, 0.1, 1.0, 1.1, 5.0, 5.05], dtype=torch.float64)
     alikeness = 1 - (points[:, None] - points).abs() / 10
-    found = clusters(alikeness, 3)
+    found = clusters(1 - alikeness, 3)
     assert found.members == ((0, 1), (2, 3), (4, 5))
     assert found.representatives == (0, 2, 4)
-    assert clusters(alikeness, 2).members == ((0, 1, 2, 3), (4, 5))
+    assert clusters(1 - alikeness, 2).members == ((0, 1, 2, 3), (4, 5))
     assert elbow([10.0, 3.0, 0.5, 0.4, 0.2, 0.0]) == 3
-    drawn = random_clusters(found, alikeness, 1)
+    drawn = random_clusters(found, 1 - alikeness, 1)
     assert sorted(map(len, drawn.members)) == [2, 2, 2]
     assert drawn.error >= found.error
 

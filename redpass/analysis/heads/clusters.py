@@ -1,9 +1,11 @@
 """Clusters of heads that look at the same tokens, and the head that stands for each.
 
-Hierarchical clustering with average linkage (`scipy.cluster.hierarchy`) on `1 - correlation`. The
-error of a clustering is the sum over heads of `1 - correlation` with their representative; its
-curve over the number of clusters has an elbow, which CHAI takes for every layer. Here that is one
-rung of the ladder among others: a budget decides how many clusters a layer gets.
+Hierarchical clustering with average linkage (`scipy.cluster.hierarchy`). What it costs when one
+head's probabilities stand for another's is a matrix of its own: `1 - correlation` as in CHAI, or
+`similarity.stand_in_costs`, which also knows how much each head matters. The error of a clustering
+is the sum over heads of the cost of their representative; its curve over the number of clusters has
+an elbow, which CHAI takes for every layer. Here that is one rung of the ladder among others: a
+budget decides how many clusters a layer gets.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 EQUAL = 1e-7
-"""Heads whose correlation is nearer to one than this count as equal."""
+"""Heads count as equal when one costs less than this in place of another; a head apart costs 1."""
 
 SLACK = 0.05
 """How much more error, as a share, is taken for one key head less."""
@@ -29,7 +31,7 @@ class Clusters:
     Attributes:
         members: heads of each cluster, rising; clusters in the order of their first head.
         representatives: for each cluster the member whose queries and keys stay.
-        error: sum over heads of `1 - correlation` with their representative.
+        error: sum over heads of what their representative costs.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -43,20 +45,21 @@ class Clusters:
         return tuple(found[head] for head in sorted(found))
 
 
-def clusters(correlations: Tensor, count: int, groups: Sequence[Sequence[int]] = ()) -> Clusters:
+def clusters(costs: Tensor, count: int, groups: Sequence[Sequence[int]] = ()) -> Clusters:
     """Puts heads into `count` clusters.
 
     Args:
-        correlations: `[heads, heads]`.
+        costs: `[heads, heads]`, of letting the column's head stand for the row's.
         groups: heads that share a key head; representatives are chosen so that few are needed.
     """
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
-    distances = (1 - correlations).clamp_min(0).fill_diagonal_(0)
+    costs = costs.clamp_min(0).fill_diagonal_(0)
+    distances = torch.minimum(costs, costs.T)
     tree = linkage(squareform(distances.numpy(), checks=False), method="average")
-    labels = _cut(tree, len(correlations), count)
-    return with_representatives(distances, labels, groups)
+    labels = _cut(tree, len(costs), count)
+    return with_representatives(costs, labels, groups)
 
 
 def _cut(tree: np.ndarray, heads: int, count: int) -> list[int]:
@@ -73,12 +76,12 @@ def _cut(tree: np.ndarray, heads: int, count: int) -> list[int]:
 
 
 def with_representatives(
-    distances: Tensor, labels: Sequence[int], groups: Sequence[Sequence[int]] = ()
+    costs: Tensor, labels: Sequence[int], groups: Sequence[Sequence[int]] = ()
 ) -> Clusters:
-    """Returns the clusters that `labels` say, each with the member nearest to the others.
+    """Returns the clusters that `labels` say, each with the member that stands best for the others.
 
     Args:
-        distances: `[heads, heads]`.
+        costs: as for `clusters`.
         labels: cluster of each head, any numbers.
         groups: as for `clusters`.
     """
@@ -86,12 +89,12 @@ def with_representatives(
     members = [tuple(h for h, own in enumerate(labels) if own == label) for label in order]
     group_of = {head: g for g, heads in enumerate(groups) for head in heads}
     allowed = set(group_of.values()) if groups else {0}
-    chosen, error = _chosen(distances, members, group_of, allowed)
+    chosen, error = _chosen(costs, members, group_of, allowed)
     for group in sorted(allowed, reverse=True) if len(allowed) > 1 else ():
         used = {group_of[head] for head in chosen}
         if group not in used or not _can_do_without(members, group_of, used - {group}):
             continue
-        fewer, worse = _chosen(distances, members, group_of, used - {group})
+        fewer, worse = _chosen(costs, members, group_of, used - {group})
         if worse <= (1 + SLACK) * error + EQUAL * len(labels):
             chosen, error = fewer, worse
     return Clusters(tuple(members), chosen, error)
@@ -104,22 +107,22 @@ def _can_do_without(
 
 
 def _chosen(
-    distances: Tensor, members: Sequence[Sequence[int]], group_of: dict[int, int], allowed: set[int]
+    costs: Tensor, members: Sequence[Sequence[int]], group_of: dict[int, int], allowed: set[int]
 ) -> tuple[tuple[int, ...], float]:
-    """The nearest member of each cluster among those of allowed groups; the first of equals."""
+    """The best member of each cluster among those of allowed groups; the first of equals."""
     found, total = [], 0.0
     for heads in members:
         able = [head for head in heads if group_of.get(head, 0) in allowed]
-        sums = {head: float(distances[head, list(heads)].sum()) for head in able}
+        sums = {head: float(costs[list(heads), head].sum()) for head in able}
         least = min(sums.values())
         found.append(next(head for head in able if sums[head] <= least + EQUAL))
         total += sums[found[-1]]
     return tuple(found), total
 
 
-def errors(correlations: Tensor) -> list[float]:
+def errors(costs: Tensor) -> list[float]:
     """Returns the error at 1, 2, ... clusters, up to one for each head."""
-    return [clusters(correlations, count).error for count in range(1, len(correlations) + 1)]
+    return [clusters(costs, count).error for count in range(1, len(costs) + 1)]
 
 
 def elbow(curve: Sequence[float]) -> int:
@@ -134,19 +137,19 @@ def elbow(curve: Sequence[float]) -> int:
     return 1 + max(range(len(curve)), key=gaps.__getitem__)
 
 
-def equal_count(correlations: Tensor) -> int:
+def equal_count(costs: Tensor) -> int:
     """Returns how many clusters there are when only equal heads are put together."""
-    curve = errors(correlations)
+    curve = errors(costs)
     return next(n + 1 for n, error in enumerate(curve) if error <= EQUAL * len(curve))
 
 
-def random_clusters(like: Clusters, correlations: Tensor, seed: int) -> Clusters:
+def random_clusters(like: Clusters, costs: Tensor, seed: int) -> Clusters:
     """Returns clusters of the same sizes with members drawn by chance: a control."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(correlations), generator=generator).tolist()
+    order = torch.randperm(len(costs), generator=generator).tolist()
     labels, start = [0] * len(order), 0
     for number, heads in enumerate(like.members):
         for head in order[start : start + len(heads)]:
             labels[head] = number
         start += len(heads)
-    return with_representatives((1 - correlations).clamp_min(0), labels)
+    return with_representatives(costs.clamp_min(0), labels)

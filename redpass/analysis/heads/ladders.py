@@ -135,20 +135,19 @@ def rungs(
 
 
 def cluster_offers(
-    site: HeadSite, correlations: Tensor, shares: Sequence[float], wanted: Sequence[int],
+    site: HeadSite, costs: Tensor, shares: Sequence[float], wanted: Sequence[int],
     layout: str,
 ) -> Offers:  # fmt: skip
     """Returns the clusters of each count: of the shares, at the elbow, and of equal heads alone.
 
     Args:
-        correlations: `[heads, heads]`, of the attention probabilities.
+        costs: `[heads, heads]`, of letting the column's head stand for the row's.
         wanted: counts to offer instead.
     """
-    also = () if wanted else (elbow(errors(correlations)), equal_count(correlations))
+    also = () if wanted else (elbow(errors(costs)), equal_count(costs))
     counts = list(wanted) or counts_of(site.heads, shares, also)
     return {
-        count: cluster_offer(site, clusters(correlations, count, site.groups), layout)
-        for count in counts
+        count: cluster_offer(site, clusters(costs, count, site.groups), layout) for count in counts
     }
 
 

@@ -54,6 +54,28 @@ class Similarity:
         return found.clamp(-1, 1).fill_diagonal_(1.0)
 
 
+def stand_in_costs(site: HeadSite, found: Similarity) -> Tensor:
+    """Returns what it costs when the column's head gives the row's probabilities, `[heads, heads]`.
+
+    `E |P_h - P_g|^2 * |W_o,h W_v,h|_F^2`: the squared error of the probabilities, by how much the
+    head makes of them; in units of what a usual head gives, so that 1 is much and 0 is equal.
+    Correlation alone puts a head that matters together with one that does not.
+    """
+    gram = torch.tensor(found.gram, dtype=torch.float64) / found.rows
+    size = gram.diagonal()
+    far = (size[:, None] + size - 2 * gram).clamp_min(0)
+    side = site.sides["value"]
+    outputs, values = site.output_weight().double(), side.weight(site.program).double()
+    gains = torch.stack(
+        [
+            (outputs[:, head] @ values[side.of_head[head]]).square().sum()
+            for head in range(site.heads)
+        ]
+    )
+    usual = (gains * size).mean().clamp_min(1e-30)
+    return (gains[:, None] * far / usual).fill_diagonal_(0)
+
+
 def head_similarity(program: Program, facts: Facts) -> Mapping[str, Similarity]:
     """Measures every attention of `head_sites`; the result by branch label.
 
