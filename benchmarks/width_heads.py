@@ -43,7 +43,7 @@ from redpass.plan import Action, ResizeState
 
 SHARES = (0.75, 0.5)
 METHODS = (
-    "clusters, correlation", "clusters, random",
+    "clusters, alike", "clusters, random",
     "pruning, contribution", "pruning, magnitude", "pruning, random",
 )  # fmt: skip
 OUT = Path(__file__).parent / "results"
@@ -147,10 +147,10 @@ def table(name: str, kept: Mapping[str, object]) -> list[str]:
 
 
 RATIOS = (
-    ("clusters: correlation / random", "clusters, correlation", "clusters, random"),
-    ("clusters, refitted: correlation / random",
-     "clusters, correlation, refitted", "clusters, random, refitted"),
-    ("clusters: refitted / not", "clusters, correlation, refitted", "clusters, correlation"),
+    ("clusters: alike / random", "clusters, alike", "clusters, random"),
+    ("clusters, refitted: alike / random",
+     "clusters, alike, refitted", "clusters, random, refitted"),
+    ("clusters: refitted / not", "clusters, alike, refitted", "clusters, alike"),
     ("pruning: contribution / random", "pruning, contribution", "pruning, random"),
     ("pruning: contribution / magnitude", "pruning, contribution", "pruning, magnitude"),
     ("pruning, refitted: contribution / random",

@@ -22,7 +22,7 @@ from redpass.passes.heads import ladders
 from redpass.plan import Exactness, Plan
 from redpass.program import Program
 
-RULE = "cluster_heads.correlation"
+RULE = "cluster_heads.alike"
 
 
 @dataclass(frozen=True)
