@@ -161,66 +161,6 @@ def test_masks_with_a_place_for_each_head_follow() -> None:
     found = Facts(program, batches).get(head_similarity)["layers.0.attention"]
     # equal queries and keys, but positions tell them apart
     assert equal_count(1 - found.correlations) == 4
-    action, after = only(program, batches, only=("layers.0.attention@2",))
-    assert action.loss is not None
-    assert action.loss < 1e-10
-    check_same(program, after, batches)
-    assert total_cost(after).kv_bytes_per_token == total_cost(program).kv_bytes_per_token
-    assert action.saving["parameters"] == 2 * (2 * DIM * 32 + DIM)
-
-
-@pytest.mark.parametrize(
-    ("repeats", "layout"), [("expand", "gather"), ("expand", "wide"), ("op", "gather")]
-)
-def test_a_key_head_goes_when_its_queries_share_anothers(repeats: str, layout: str) -> None:
-    def edit(weights: dict[str, Tensor], layer: int) -> None:
-        for name, size in (("q", 2 * DIM), ("qb", 2 * DIM), ("k", DIM), ("kb", DIM)):
-            weights[name][size : 2 * size] = weights[name][:size]
-
-    what = Attending(keys=2, cache=True, rotary=True, repeats=repeats, edit=edit)
-    program, batches = what.program(), what.batches()
-    action, after = only(program, batches, only=("layers.0.attention@2",), layout=layout)
-    assert action.loss is not None
-    assert action.loss < 1e-10
-    assert action.evidence["key_heads"] == 1
-    check_same(program, after, batches)
-    assert total_cost(program).kv_bytes_per_token == 4 * DIM * 4
-    assert total_cost(after).kv_bytes_per_token == 3 * DIM * 4
-
-
-def test_multi_query_heads_that_agree_are_one() -> None:
-    what = Attending(keys=1, cache=True, edit=alike({3: 1}, grouped=True))
-    program, batches = what.program(), what.batches()
-    _, after = only(program, batches, only=("layers.0.attention@3",))
-    check_same(program, after, batches)
-
-
-@pytest.mark.parametrize(("count", "keys"), [(1, 4), (3, 2), (3, 4)])
-def test_any_count_runs_on_an_attention_with_nothing_alike(count: int, keys: int) -> None:
-    what = Attending(keys=keys, cache=True, spelled=keys == 4)
-    program, batches = what.program(), what.batches()
-    target = f"layers.0.attention@{count}"
-    action, after = only(program, batches, only=(target,))
-    rough, _ = only(program, batches, only=(target,), refit=False)
-    assert action.loss is not None
-    assert rough.loss is not None
-    assert 1e-6 < action.loss <= rough.loss == action.evidence["unfitted"]
-    assert len(after(**_filled(after, batches))) == 3
-
-
-def _filled(program: Program, batches: Batches) -> dict[str, Tensor]:
-    from redpass.verify.inputs import complete
-
-    return complete(program, batches[0])
-
-
-def test_masks_with_a_place_for_each_head_follow() -> None:
-    what = Attending(position_bias=True, edit=alike({2: 1, 3: 1}))
-    program, batches = what.program(), what.batches()
-    correlations = Facts(program, batches).get(head_similarity)["layers.0.attention"].correlations
-    assert (
-        equal_count(1 - correlations) == 4
-    )  # equal queries and keys, but positions tell them apart
     action, after = only(program, batches, only=("layers.0.attention@2",), refit=False)
     check_rules(after)
     assert action.loss is not None
