@@ -34,7 +34,9 @@ def measure(
         outputs: gives the program's output on a batch; None runs the program.
     """
     count = len(originals.batches)
-    name = f"quality, {split}, {count} batches, program {fingerprint(program)}"
+    name = f"quality, {split}, {count} batches"
+    if originals.journal.path is not None:  # naming a program takes longer than a small trial
+        name += f", program {fingerprint(program)}"
 
     def compute() -> dict[str, object]:
         found = _measure(budget, program, originals, split, outputs)
