@@ -114,10 +114,8 @@ def optimize(
     run.sizes = sizes or usual_sizes(program)
     run.seed, run.command, run.is_named = seed, command, passes is not None or reduce is not None
     run.method, run.only_faster = search, only_faster
-    key = f"{search} {only_faster} " + work_key(
-        program, chosen, budget, data, run.settings, run.sizes, seed
-    )
-    run.journal = Journal.open(journal, key, fresh=not resume)
+    work = work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
+    run.journal = Journal.open(journal, f"{search} {only_faster} {work}", fresh=not resume)
     with kept_until_done(run.journal, run.listener):
         return run.go(chosen)
 

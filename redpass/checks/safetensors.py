@@ -63,7 +63,7 @@ def _check_shards(folder: Path, index: Path) -> int:
             raise LoadError(f"a shard outside the folder: {file}", file=index, hint=FETCH)
         if file not in there:
             raise LoadError(
-                f"shard '{file}' is missing", file=index, hint="fetch all files of the model"
+                "a shard is missing", file=index, place=file, hint="fetch all files of the model"
             )
         held[file] = set(check_file(folder / file))
     lost = [name for name, file in wanted.items() if name not in held[file]]

@@ -358,5 +358,5 @@ def test_numbers_that_say_sizes_are_found_by_trying() -> None:
     wanted = {"0.q": (16, 16), "0.k": (8, 16), "0.up": (40, 16)}
     found = narrower(config, wanted, build)
     assert found == {**config, "heads": 4, "inner": 40, "parts": {"kv_heads": 2}}
-    with pytest.raises(ExportError, match=r"no number .* \[32, 15\] in place of \[32, 16\]"):
-        narrower(config, {"0.q": (32, 15)}, build)
+    with pytest.raises(ExportError, match=r"no number .* \[16, 15\] in place of \[16, 16\]"):
+        narrower(config, {"0.q": (32, 16), "0.k": (16, 15)}, build)

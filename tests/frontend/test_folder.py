@@ -188,7 +188,7 @@ def test_empty_weights_pointer_and_pickles(copy):
     with pytest.raises(LoadError, match=r"only pickled weights \(pytorch_model\.bin\)"):
         load(copy)
     os.symlink("nowhere", path)
-    with pytest.raises(LoadError, match="no such file"):
+    with pytest.raises(LoadError, match="a link to a file that is not there"):
         load(copy)
 
 
@@ -250,7 +250,7 @@ def test_missing_shards_and_wrong_maps(copy, bert):
     with pytest.raises(LoadError, match="ghost: not in the shard"):
         load(copy)
     first.unlink()
-    with pytest.raises(LoadError, match=re.escape(f"shard '{first.name}' is missing")):
+    with pytest.raises(LoadError, match=rf"{re.escape(first.name)}: a shard is missing"):
         load(copy)
 
 
