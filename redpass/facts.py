@@ -58,7 +58,7 @@ class Facts:
 
         For figures that take a run over the calibration data. They come back as JSON holds them.
         """
-        return self.journal.recall(f"{name}, program {fingerprint(self.program)}", compute)
+        return self.journal.recall(name, compute, lambda: f"program {fingerprint(self.program)}")
 
     def data(self) -> Batches:
         """Returns the calibration data. Raises `DataError` when there is none."""

@@ -83,17 +83,25 @@ class Journal:
             raise _trouble(error, path) from error
         return journal
 
-    def recall(self, name: str, compute: Callable[[], JSON]) -> JSON:
+    def recall(
+        self, name: str, compute: Callable[[], JSON], of: Callable[[], str] | None = None
+    ) -> JSON:
         """Returns the figure called `name`: the one on record, else the one `compute` finds.
 
         A name may be asked for more than once; the second time stands for the second record of
         that name. Numbers come back exactly as they were, tuples as lists. A `DataError` or
         `VerifyError` of `compute` is a finding too: it is kept, and raised again.
 
+        Args:
+            of: says what the figure is of, where `name` does not; asked only when there is a file,
+                as naming a program can take longer than measuring it.
+
         Raises:
             OutputError: the record cannot be written.
             TypeError: the figure is not made of what JSON can hold.
         """
+        if of is not None and self.path is not None:
+            name = f"{name}, {of()}"
         place = self._asked[name]
         self._asked[name] += 1
         kept = self._kept.get(name, ())

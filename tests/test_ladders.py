@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import redpass
 from redpass import bench
 from redpass.bench import BenchTable
 from redpass.errors import BudgetError, UsageError
+from redpass.passes import PASSES
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.prune_channels import PruneChannels
 from redpass.recipe import needs_data, replay
@@ -57,6 +60,16 @@ def test_widths_and_branches_are_one_pool(residual, residual_data):
     )
     assert result.record.after.parameters <= 0.7 * result.record.before.parameters
     assert len(result.record.recipe.passes) == 1
+
+
+def test_every_pass_that_fits_weights_says_that_its_recipe_needs_data():
+    silent = [
+        name
+        for name, kind in PASSES.items()
+        if {"refit", "shares"} & {option.name for option in fields(kind)}
+        and not getattr(kind, "fits", False)
+    ]
+    assert silent == []
 
 
 def timed(ratio: float, calls: list[int]):

@@ -16,9 +16,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from redpass.budget.candidates import MOST, Candidate
+from redpass.budget.candidates import MOST, Candidate, predicted_saving
+from redpass.budget.trials import Trials
 from redpass.plan import Action
 from redpass.progress import Listener, Silent, track
+from redpass.record import CostRecord
 
 CLIP = 8.0
 """A place counts at most this many times more, or less, than the middle one of its family: one
@@ -32,7 +34,7 @@ def ladders(pool: Iterable[Candidate]) -> dict[str, list[Candidate]]:
     """Returns the candidates by place; one without a place is a ladder of its own."""
     found: dict[str, list[Candidate]] = {}
     for candidate in pool:
-        found.setdefault(candidate.action.place or candidate.action.key, []).append(candidate)
+        found.setdefault(candidate.place, []).append(candidate)
     return found
 
 
@@ -76,6 +78,20 @@ def _tempered(
         ratio = ratios.get(place, middle)
         scales[place] = min(max(ratio, middle / CLIP), middle * CLIP)
     return scales
+
+
+def allocate(
+    pool: Sequence[Candidate], trials: Trials, before: CostRecord, listener: Listener
+) -> list[Candidate]:
+    """Tries one rung of each ladder and returns the order in which to take what is not out.
+
+    Args:
+        trials: tries candidates; its `costs` are what savings are counted in.
+        before: what predicted savings are shares of.
+    """
+    scales = measure_ladders(pool, trials.attempt, listener)
+    left = [candidate for candidate in pool if candidate not in trials.out]
+    return allocated(left, lambda a: predicted_saving(a, before, trials.costs), scales)
 
 
 def allocated(

@@ -42,6 +42,11 @@ class Candidate:
     quality: Quality = field(default_factory=dict, repr=False)
 
     @property
+    def place(self) -> str:
+        """What it is about: of candidates with one place, rivals, at most one is taken."""
+        return self.action.place or self.action.key
+
+    @property
     def score(self) -> tuple[float, float]:
         """What comes first: the least loss for what it saves; of equal ones the largest saving."""
         if self.loss > 0:

@@ -33,16 +33,13 @@ def measure(
     Args:
         outputs: gives the program's output on a batch; None runs the program.
     """
-    count = len(originals.batches)
-    name = f"quality, {split}, {count} batches"
-    if originals.journal.path is not None:  # naming a program takes longer than a small trial
-        name += f", program {fingerprint(program)}"
+    name = f"quality, {split}, {len(originals.batches)} batches"
 
     def compute() -> dict[str, object]:
         found = _measure(budget, program, originals, split, outputs)
         return {metric: asdict(record) for metric, record in found.items()}
 
-    kept = originals.journal.recall(name, compute)
+    kept = originals.journal.recall(name, compute, lambda: f"program {fingerprint(program)}")
     return {metric: from_json(QualityRecord, record) for metric, record in kept.items()}
 
 

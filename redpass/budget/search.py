@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from redpass.budget.allocation import allocated, measure_ladders
+from redpass.budget.allocation import allocate
 from redpass.budget.at_once import RIVAL, take_at_once
-from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses, predicted_saving
+from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses
 from redpass.budget.curves import Path
 from redpass.budget.quality import Judge, Quality, figures
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
@@ -200,8 +200,7 @@ class Search:
         return "applied", figures(quality)
 
     def _accept(self, candidate: Candidate, quality: Quality) -> None:
-        self.trials.accept(candidate)
-        for old in self.trials.replaced:
+        for old in self.trials.accept(candidate):
             self.engine.withdraw(old.pass_, old.action, RIVAL)
         self.judge.move(self.trials.current)
         record = quality[self.trials.metric]
@@ -218,17 +217,11 @@ class Search:
 
     def _allocate(self, pool: Sequence[Candidate]) -> None:
         """Accepts what an allocation over all places gives, as deep as the limits allow."""
-        listener, known = self.engine.listener, self.trials.out
-        scales = measure_ladders(pool, self.trials.attempt, listener)
-        order = allocated([c for c in pool if c not in known], self._worth, scales)
+        order = allocate(pool, self.trials, self.before, self.engine.listener)
         for candidate in pool:
-            if candidate not in order and candidate not in known:
+            if candidate not in order and candidate not in self.trials.out:
                 self._note(candidate, "refused", "others save as much for less")
         self._at_once(order)
-
-    def _worth(self, action: Action) -> float:
-        """The predicted share of the costs that goals name, of all costs when none does."""
-        return predicted_saving(action, self.before, self.trials.costs)
 
     def _give_back(self) -> None:
         """Gives cuts back that make the model no faster; see `speed`."""

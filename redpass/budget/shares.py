@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from redpass.analysis import cost as count_cost
 from redpass.budget.accounting import cost_record, usual_sizes
-from redpass.budget.allocation import allocated, measure_ladders
-from redpass.budget.candidates import COSTS, MOST, Candidate, Greedy, best_guesses, predicted_saving
+from redpass.budget.allocation import allocate
+from redpass.budget.candidates import COSTS, MOST, Candidate, Greedy, best_guesses
 from redpass.budget.curves import Path
 from redpass.budget.quality import Judge
 from redpass.budget.spec import Budget, Limit
@@ -173,9 +173,7 @@ class _Job:
         listener.finish(stage)
 
     def _allocated(self, pool: Sequence[Candidate]) -> None:
-        scales = measure_ladders(pool, self.trials.attempt, self.engine.listener)
-        left = [candidate for candidate in pool if candidate not in self.trials.out]
-        order = allocated(left, self._worth, scales)
+        order = allocate(pool, self.trials, self.start, self.engine.listener)
         stack = Stack(self.trials, order)
 
         def fits(count: int) -> bool:
@@ -183,9 +181,6 @@ class _Job:
             return self._removed(cost) <= self.allowed
 
         stack.take(stack.last_good(fits, len(stack.order)))
-
-    def _worth(self, action: Action) -> float:
-        return predicted_saving(action, self.start, [self.cost])
 
     def _in_order(self, pool: Sequence[Candidate]) -> None:
         for candidate in pool:

@@ -7,6 +7,7 @@ stands for. So what one pass cut is taken out again and both programs are measur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from redpass.budget.accounting import cost_record
 from redpass.budget.candidates import Candidate
@@ -62,5 +63,7 @@ def _ratios(engine: Engine, pass_: Pass, without: Program, current: Program) -> 
         table = bench.compare(without, current, runners=("eager",), rounds=ROUNDS)
         return [row.ratio for row in table.rows if not row.failure]
 
-    name = f"time of {pass_.name}, {fingerprint(current)} over {fingerprint(without)}"
-    return [float(str(ratio)) for ratio in engine.journal.recall(name, measure)]
+    def pair() -> str:
+        return f"{fingerprint(current)} over {fingerprint(without)}"
+
+    return cast("list[float]", engine.journal.recall(f"time of {pass_.name}", measure, pair))

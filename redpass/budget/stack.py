@@ -30,9 +30,8 @@ class Stack:
         """Returns the candidates in force after the first `count`."""
         found: dict[str, Candidate] = {}
         for candidate in self.order[:count]:
-            place = candidate.action.place or candidate.action.key
-            found.pop(place, None)
-            found[place] = candidate
+            found.pop(candidate.place, None)
+            found[candidate.place] = candidate
         return list(found.values())
 
     def program(self, count: int) -> Program:
@@ -63,13 +62,8 @@ class Stack:
         worst = first_bad(count or len(self.order), lambda n: not self._try(n))
         self._try(worst)
         guilty = self.order[worst - 1]
-        gone = [c for c in self.order if c is guilty or _are_rivals(c, guilty)]
+        gone = [c for c in self.order if c.place == guilty.place and c.pass_ is guilty.pass_]
         for candidate in gone:
             self.trials.reject(candidate, self.fault, is_conflict=worst > 1)
         self.order = [candidate for candidate in self.order if candidate not in gone]
         self.made = {n: program for n, program in self.made.items() if n < worst}
-
-
-def _are_rivals(left: Candidate, right: Candidate) -> bool:
-    same = left.action.place == right.action.place
-    return bool(left.action.place) and same and left.pass_ is right.pass_

@@ -29,7 +29,6 @@ class Trials:
         out: candidates that are out for good -> outcome and why.
         held: those of them that only do not go together with an accepted one.
         step: how many times something was accepted.
-        replaced: what the last one accepted took the place of.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Trials:
         self.out: dict[Candidate, tuple[str, str]] = {}
         self.held: list[Candidate] = []
         self.step = 0
-        self.replaced: list[Candidate] = []
 
     def attempt(self, candidate: Candidate) -> bool:
         """Tries a candidate on top of what was accepted and fills in its figures.
@@ -100,8 +98,7 @@ class Trials:
 
     def _beside(self, candidate: Candidate) -> list[Candidate]:
         """What was accepted, without rivals of the candidate."""
-        place = candidate.action.place
-        return [other for other in self.accepted if not place or other.action.place != place]
+        return [other for other in self.accepted if other.place != candidate.place]
 
     def _why_worthless(self, cost: CostRecord) -> str:
         if cost == self.cost:
@@ -112,17 +109,18 @@ class Trials:
         self.out[candidate] = (outcome, why)
         return False
 
-    def accept(self, candidate: Candidate) -> None:
-        """Takes a candidate that was tried at this step."""
+    def accept(self, candidate: Candidate) -> list[Candidate]:
+        """Takes a candidate that was tried at this step; returns the rivals that give way to it."""
         assert candidate.program is not None
         assert candidate.step == self.step
         self.loss += candidate.loss
+        rivals = [other for other in self.accepted if other.place == candidate.place]
         self.take([*self._beside(candidate), candidate], candidate.program)
         self.judge.move(self.current)
+        return rivals
 
     def take(self, candidates: Sequence[Candidate], program: Program) -> None:
         """Makes `candidates`, and the program with them, what was accepted."""
-        self.replaced = [old for old in self.accepted if old not in candidates]
         self.accepted, self.current = list(candidates), program
         self.cost = cost_record(program, self.sizes)
         self.step += 1

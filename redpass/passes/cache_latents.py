@@ -63,6 +63,7 @@ class CacheLatents:
     name: ClassVar[str] = "cache_latents"
     needs: ClassVar[tuple[Any, ...]] = (cache_sites,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     ranks: tuple[int, ...] = ()

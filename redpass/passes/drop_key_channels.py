@@ -55,6 +55,7 @@ class DropKeyChannels:
     name: ClassVar[str] = "drop_key_channels"
     needs: ClassVar[tuple[Any, ...]] = (cache_sites,)
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    fits: ClassVar[bool] = True
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     ranks: tuple[int, ...] = ()
