@@ -93,7 +93,7 @@ def _with_macro(record: RunRecord, facts: Facts) -> RunRecord:
 
 def _write(record: RunRecord, target: Path, *, force: bool) -> None:
     from redpass.artifact import staged_file
-    from redpass.report import render
+    from redpass.report.page import render
 
     with staged_file(target, force=force) as path:
         path.write_text(render(record), encoding="utf-8")

@@ -10,11 +10,12 @@ from typing import Any
 
 from redpass.errors import LoadError
 from redpass.record import RunRecord, from_json
-from redpass.report.page import render
 
 
 def write_report(record: RunRecord, folder: Path) -> None:
     """Writes the report and the recipe of a run into `folder`. Raises OSError."""
+    from redpass.report.page import render  # charts and template: no other command starts with them
+
     (folder / "report.html").write_text(render(record), encoding="utf-8")
     (folder / "report.json").write_text(to_json(asdict(record)), encoding="utf-8")
     (folder / "plan.json").write_text(to_json(asdict(record.recipe)), encoding="utf-8")

@@ -10,7 +10,8 @@ import pytest
 from sample import DROPPED, hostile, sample
 
 from redpass.record import CostRecord, CurvePoint, RunRecord
-from redpass.report import render, rows
+from redpass.report import rows
+from redpass.report.page import render
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
