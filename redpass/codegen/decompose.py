@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from redpass import ops, rewrite
 from redpass.codegen import ops as kernels_of
-from redpass.codegen.ops.op import Op
 from redpass.errors import PassError
 from redpass.fake import fake_mode
 from redpass.plan import Action, Edit, Insert, Ref, Replace, SetWeight, WeightRef
@@ -31,7 +30,8 @@ def decompose(program: Program) -> Program:
     """
     if not has_ops(program):
         return program
-    after = _written_back(program, _reference)
+    traced: dict[str, fx.GraphModule] = {}
+    after = _written_back(program, lambda node: _action(program, node, traced))
     return replace(after, weights=_whole(after.weights))
 
 
@@ -44,26 +44,44 @@ def as_run(program: Program) -> Program:
     devices = {tensor.device.type for tensor in program.weights.values()}
     if devices != {"cpu"} or not has_ops(program):
         return program
-    return _written_back(program, _inline)
-
-
-Form = Callable[[Op], Callable[..., Any]]
-"""Which of the functions of an op is put in its place."""
-
-
-def _reference(op: Op) -> Callable[..., Any]:
-    return op.reference
-
-
-def _inline(op: Op) -> Callable[..., Any]:
-    return op.inline or op.reference
-
-
-def _written_back(program: Program, form: Form) -> Program:
-    kernels_of.register()
     traced: dict[str, fx.GraphModule] = {}
+
+    def action(node: fx.Node) -> Action:
+        function = kernels_of.OPS[ops.base_name(node)].inline
+        if function is None:
+            return _action(program, node, traced)
+        return _called(program, node, function)
+
+    return _written_back(program, action)
+
+
+def _written_back(program: Program, action: Callable[[fx.Node], Action]) -> Program:
+    kernels_of.register()
     nodes = [node for node in program.graph.nodes if _is_op(node)]
-    return rewrite.apply(program, [_action(program, node, form, traced) for node in nodes])
+    return rewrite.apply(program, [action(node) for node in nodes])
+
+
+def _called(program: Program, node: fx.Node, function: Callable[..., Any]) -> Action:
+    """A call of the function that stands for the op on a CPU."""
+    op, arguments = kernels_of.OPS[ops.base_name(node)], _arguments(node)
+    with fake_mode(program):
+        values = fx.node.map_arg(arguments, lambda operand: operand.meta["val"])
+    constants = [
+        SetWeight(f"{node.name}_{place}", tensor, "a constant of an op")
+        for place, tensor in enumerate(op.constants(*values))
+    ]
+    refs = [WeightRef(constant.name) for constant in constants]
+    given = [Ref(item.name) if isinstance(item, fx.Node) else item for item in arguments]
+    name = f"{node.name}_called"
+    call = Insert(name, function, (*given, *refs), node.name)
+    edits: tuple[Edit, ...] = (*constants, call, Replace(node.name, name))
+    return Action("decompose", node.name, edits, f"what {node.name} stands for")
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """All arguments of an op, in the order of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return [ops.argument(node, name) for name in names]
 
 
 def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,10 +121,8 @@ SAME = (*ops.COPIES - {"clone", "contiguous"}, "view_as")
 """What a trace writes down and a graph without aliasing does not need."""
 
 
-def _action(
-    program: Program, node: fx.Node, form: Form, traced: dict[str, fx.GraphModule]
-) -> Action:
-    trace = _Trace(program, node, form, traced)
+def _action(program: Program, node: fx.Node, traced: dict[str, fx.GraphModule]) -> Action:
+    trace = _Trace(program, node, traced)
     try:
         edits = tuple(trace.edits())
     except PassError:
@@ -118,14 +134,13 @@ def _action(
 
 @dataclass
 class _Trace:
-    """A function of the op of one node, traced on its operands' fake values.
+    """The reference of the op of one node, traced on its operands' fake values.
 
     `traced` keeps the traces: the layers of a model are alike.
     """
 
     program: Program
     node: fx.Node
-    form: Form
     traced: dict[str, fx.GraphModule]
     named: dict[fx.Node, Any] = field(default_factory=dict)
 
@@ -143,8 +158,7 @@ class _Trace:
 
     def _traced(self) -> fx.GraphModule:
         operands = self.node.all_input_nodes
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
-        arguments = [ops.argument(self.node, name) for name in names]
+        arguments = _arguments(self.node)
         kinds = {node: (at, _kind(node.meta["val"])) for at, node in enumerate(operands)}
         key = repr((str(self.node.target), fx.node.map_arg(arguments, kinds.__getitem__)))
         if key not in self.traced:
@@ -155,7 +169,7 @@ class _Trace:
         return module
 
     def _trace(self, operands: list[fx.Node], arguments: list[Any]) -> fx.GraphModule:
-        function = self.form(kernels_of.OPS[ops.base_name(self.node)])
+        function = kernels_of.OPS[ops.base_name(self.node)].reference
 
         def run(*given: Any) -> Any:
             known = dict(zip(operands, given, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -59,12 +60,14 @@ def attend(
     mask = options.pop("mask", None)
     given = None if mask is None else b.input("mask", *mask, dtype=torch.bool)
     sdpa = aten.scaled_dot_product_attention.default
-    return b.program(b.call(sdpa, queries, keys, v, given, **options))
+    gain = b.weight("gain", torch.tensor(0.5))  # says that the program is on a CPU
+    found = b.call(sdpa, queries, keys, v, given, **options)
+    return b.program(b.call(aten.mul.Tensor, found, gain))
 
 
-def values(program: Program) -> dict[str, torch.Tensor]:
+def values(program: Program, **given: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = {"batch": 3, "seq": 5, "past": 9}
+    sizes = {"batch": 3, "seq": 5, "past": 9, **given}
     found = {}
     for port in program.signature.inputs:
         shape = [sizes[s] if isinstance(s, str) else s for s in port.shape]
@@ -92,6 +95,19 @@ def test_a_mask_for_all_heads_is_taken() -> None:
     program = attend(by_repeat, mask=("batch", 1, "seq", "past"))
     after = run_pass(ASKED, program).after
     check_numbers(ASKED.exactness, program, after, values(program))
+
+
+@pytest.mark.parametrize("spread", [by_repeat, by_index])
+def test_a_cpu_runs_it_without_the_op_at_all_sizes(spread: Spreader) -> None:
+    """Eager, copied and compiled with sizes that change, even clusters and uneven ones."""
+    program = attend(spread, mask=("batch", 1, "seq", "past"))
+    after = run_pass(ASKED, program).after
+    assert "redpass.clustered_attention" not in after.module.code
+    compiled = torch.compile(after.module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for module in (after.module, copy.deepcopy(after.module), compiled):
+        for sizes in ({"seq": 5, "past": 9}, {"seq": 1, "past": 300}, {"batch": 1}):
+            given = [*values(program, **sizes).values()]
+            torch.testing.assert_close(module(*given), program.module(*given))
 
 
 def test_values_wider_than_keys_are_lowered() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +62,11 @@ class Op:
         refuses: "" or the reason why the kernel does not take these arguments. Cheap: it is
             asked at each call. What holds for all ops (dtype, device) is not its business.
         cpu: what runs on the CPU in place of the reference, where something faster was measured.
-        inline: what stands for it in a graph that runs on the CPU, for all sizes, where something
-            faster than the reference was measured.
+        inline: what a graph that runs on the CPU calls by itself in place of the op, where that
+            was measured to be faster than the calls of the reference; it may decide by size and
+            layout, and its results need not be contiguous.
+        constants: tensors that `inline` takes after the op's arguments; they are asked for once,
+            with fake values.
         pays: whether the kernel is the better choice here; where it is not, the reference runs
             and nothing is said.
         kind: what the kernel is specialised by: each new kind passes a self-test first.
@@ -85,6 +88,7 @@ class Op:
     samples: Callable[[torch.dtype], Iterable[tuple[str, Arguments]]]
     cpu: Callable[..., Any] | None = None
     inline: Callable[..., Any] | None = None
+    constants: Callable[..., Sequence[Tensor]] = lambda *arguments: ()  # noqa: ARG005
     pays: Callable[..., bool] = lambda *arguments: True  # noqa: ARG005
 
 

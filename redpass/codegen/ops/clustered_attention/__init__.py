@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redpass.codegen.ops.clustered_attention.cpu import shared_weights, without_copies
+from redpass.codegen.ops.clustered_attention.cpu import attend, head_tables, shared_heads
 from redpass.codegen.ops.clustered_attention.reference import clustered_attention, spread
 from redpass.codegen.ops.op import Arguments, Config, Op, capability_of, random_like, splits_of
 
@@ -157,6 +157,7 @@ OP = Op(
     probe=_probe,
     configs=_configs,
     samples=_samples,
-    cpu=shared_weights,
-    inline=without_copies,
+    cpu=shared_heads,
+    inline=attend,
+    constants=head_tables,
 )

@@ -1,8 +1,10 @@
-"""Clustered attention on the CPU, without copies of keys and values.
+"""Clustered attention on the CPU: shared heads are read where they lie, wherever that is faster.
 
 PyTorch's fused attention takes heads that read the same memory: clusters become its batch, and
-queries and keys are expanded in place of being gathered. For few queries, two products and a
-softmax with each cluster's weights computed once are faster still.
+queries and keys are expanded in place of being gathered. That needs heads that are spread evenly
+and in order, and batches that lie close together; in all other cases heads are gathered as they
+were in the graph that the op came from. Few queries on many keys in uneven clusters run as two
+products and a softmax, with each cluster's weights computed once.
 """
 
 from __future__ import annotations
@@ -11,23 +13,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention
 
-from redpass.codegen.ops.clustered_attention.reference import (
-    chosen_heads,
-    clustered_attention,
-    seen_keys,
-    spread,
-)
+from redpass.codegen.ops.clustered_attention.reference import seen_keys, spread
 
 FEW_QUERIES = 16
-"""Up to so many, fused attention is slower than separate products (`benchmarks/op_overhead.py`)."""
+MANY_KEYS = 256
+"""From so many on, with few queries, weights that are computed once a cluster pay for the calls
+of separate products (`benchmarks/op_overhead.py`)."""
 
 WIDE = (torch.float32, torch.float64)
 """Where scores may be rounded to their own dtype before the softmax, as they are here."""
 
 
-def shared_weights(
+def shared_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -40,28 +40,42 @@ def shared_weights(
     scale: float | None,
 ) -> Tensor:
     """Returns what `clustered_attention` does, by the same arguments."""
-    count, heads = q.shape[1], len(clusters)
-    if heads == count or q.shape[2] > FEW_QUERIES or q.dtype not in WIDE:
-        return without_copies(q, k, v, clusters, keys, values, mask, causal, offset, scale)
-    mask = seen_keys(q, k, mask, causal, offset)
-    k = chosen_heads(k, spread(keys, count, k.shape[1]))
-    v = chosen_heads(v, spread(values, heads, v.shape[1]))
-    q = q * (q.shape[3] ** -0.5 if scale is None else scale)
-    weights = _softmax(q @ k.mT, mask)
-    out: Tensor = weights[:, list(clusters)] @ v
-    return out
+    tables = head_tables(q, k, v, clusters, keys, values)
+    rest = (clusters, keys, values, mask, causal, offset, scale)
+    return attend(q, k, v, *rest, *tables).contiguous()
 
 
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return torch.softmax(scores, -1)
-    hidden = mask.dtype == torch.bool
-    scores = scores.masked_fill(~mask, float("-inf")) if hidden else scores + mask
-    weights: Tensor = torch._safe_softmax(scores, -1)
-    return weights
+def head_tables(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clusters: Sequence[int],
+    keys: Sequence[int],
+    values: Sequence[int],
+    *others: object,
+) -> list[Tensor]:
+    """Returns nothing where heads are spread evenly and in order, else which head reads which.
+
+    Returns:
+        For each head of the result its cluster, key head and value head, and for each cluster its
+        key head. A table that changes nothing is empty.
+    """
+    del others
+    (count, groups, wide), heads = (t.shape[1] for t in (q, k, v)), len(clusters)
+    maps = ((clusters, heads, count), (keys, count, groups), (values, heads, wide))
+    even = count % groups == 0 and heads % count == 0 and heads % wide == 0 and wide % groups == 0
+    if even and all(list(told or spread([], n, m)) == spread([], n, m) for told, n, m in maps):
+        return []
+    keys, values = spread(keys, count, groups), spread(values, heads, wide)
+    found = (clusters, [keys[cluster] for cluster in clusters], values, keys)
+    sizes = (count, groups, wide, groups)
+    return [
+        torch.tensor([] if list(table) == list(range(size)) else table, dtype=torch.int64)
+        for table, size in zip(found, sizes, strict=True)
+    ]
 
 
-def without_copies(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -72,23 +86,47 @@ def without_copies(
     causal: bool,
     offset: int,
     scale: float | None,
+    *tables: Tensor,
 ) -> Tensor:
-    """Returns what `clustered_attention` does by one fused attention that gathers no keys.
-
-    Heads that are not spread evenly and in order are gathered after all.
-    """
-    (count, groups, wide), heads = (t.shape[1] for t in (q, k, v)), len(clusters)
-    even = count % groups == 0 and heads % count == 0 and heads % wide == 0 and wide % groups == 0
-    maps = ((clusters, heads, count), (keys, count, groups), (values, heads, wide))
-    if not even or any(list(told or spread([], n, m)) != spread([], n, m) for told, n, m in maps):
-        rest = (clusters, keys, values, mask, causal, offset, scale)
-        return clustered_attention(q, k, v, *rest)
+    """Returns what `clustered_attention` does, whatever the strides; `tables` are `head_tables`."""
+    del keys, values  # they are in the tables
     mask = seen_keys(q, k, mask, causal, offset)
+    if tables:
+        return _uneven(q, k, v, mask, scale, *tables)
+    heads, groups = len(clusters), k.shape[1]
+    if _lies_close(k) and _lies_close(v):
+        return _in_place(q, k, v, mask, scale, heads)
+    q = q.repeat_interleave(heads // q.shape[1], 1)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(heads // mask.shape[1], 1)
+    k, v = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // v.shape[1], 1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _lies_close(x: Tensor) -> bool:
+    """Whether batch and heads become one axis without a copy."""
+    return _holds(x.shape[0] == 1) or _holds(x.stride(0) == x.stride(1) * x.shape[1])
+
+
+def _holds(condition: bool) -> bool:
+    """Of sizes that are not known only what holds for all of them."""
+    return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def _in_place(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, heads: int
+) -> Tensor:
+    batch, count, queries, _ = q.shape
+    groups, width = k.shape[1], v.shape[3]
     if mask is not None and mask.dim() == 4:
-        mask = _grouped(mask.expand(q.shape[0], count, -1, -1), groups, heads)
-    sizes = (q.shape[0], heads, q.shape[2], v.shape[3])
+        mask = _grouped(mask.expand(batch, count, -1, -1), groups, heads)
     q, k, v = (_grouped(t, groups, heads) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(sizes)
+    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if _holds(queries == 1):
+        return found.reshape(batch, heads, queries, width)
+    # One copy, into the order in which a projection reads all heads of a position.
+    parts = found.reshape(batch, groups, heads // groups, queries, width)
+    return parts.permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, width).transpose(1, 2)
 
 
 def _grouped(x: Tensor, groups: int, heads: int) -> Tensor:
@@ -98,3 +136,31 @@ def _grouped(x: Tensor, groups: int, heads: int) -> Tensor:
     batch, count, length, width = x.shape
     parts = x.reshape(batch * groups, count // groups, length, width)
     return parts if count == heads else parts.expand(-1, heads // groups, -1, -1)
+
+
+def _uneven(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *tables: Tensor
+) -> Tensor:
+    to_cluster, to_key, to_value, cluster_key = tables
+    v = _chosen(v, to_value)
+    few = _holds(q.shape[2] <= FEW_QUERIES) and _holds(k.shape[2] >= MANY_KEYS)
+    if few and q.dtype in WIDE and _lies_close(k) and _lies_close(v):
+        scores = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ _chosen(k, cluster_key).mT
+        return _chosen(_softmax(scores, mask), to_cluster) @ v
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = _chosen(mask, to_cluster)
+    q, k = _chosen(q, to_cluster), _chosen(k, to_key)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _chosen(x: Tensor, table: Tensor) -> Tensor:
+    return x.index_select(1, table) if table.shape[0] else x
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.softmax(scores, -1)
+    hidden = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if hidden else scores + mask
+    weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
+    return weights
