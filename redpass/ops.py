@@ -76,6 +76,9 @@ CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16"})
 COPIES = frozenset({"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "alias", "detach"})
 """ATen ops that return the elements of their operand in the same places."""
 
+NO_OPS = CASTS | COPIES | SHAPE_ONLY | DROPOUTS
+"""ATen ops that, outside training, return all elements of their operand in the same order."""
+
 JOINS = frozenset({"cat", "concat", "concatenate"})
 """ATen ops that put tensors side by side along an axis they have, and compute nothing."""
 

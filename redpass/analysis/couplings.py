@@ -66,8 +66,7 @@ class Couplings:
 
     def _families(self) -> list[tuple[Sequence[str], Callable[..., Any]]]:
         return [
-            (("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
-             self._viewed),
+            ((*ops.SHAPE_ONLY,), self._viewed),
             (("conv1d", "conv2d", "conv3d"), self._convolution),
             (POOLS, self._pooled),
             (NORMS, self._normed),

@@ -14,13 +14,6 @@ from torch import Tensor, fx
 from redpass import ops
 from redpass.program import Program
 
-SAME_ORDER = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
-"""Views that keep the elements in order."""
-
-CASTS = ("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "lift_fresh_copy")
-
-DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
-
 
 class Flow:
     """A program's graph with the answers that are asked again and again.
@@ -67,7 +60,7 @@ class Flow:
 
     def is_no_op(self, node: fx.Node) -> bool:
         """Whether the node gives its first operand's elements, in the same order."""
-        if ops.is_call(node, *CASTS, *SAME_ORDER, *DROPOUTS):
+        if ops.is_call(node, *ops.NO_OPS):
             return True
         if ops.is_call(node, "slice", "expand"):
             return self.shape(node) == self.shape(node.all_input_nodes[0])
