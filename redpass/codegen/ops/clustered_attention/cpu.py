@@ -57,8 +57,8 @@ def head_tables(
     """Returns nothing where heads are spread evenly and in order, else which head reads which.
 
     Returns:
-        For each head of the result its cluster, key head and value head, and for each cluster its
-        key head. A table that changes nothing is empty.
+        For each head of the result its cluster and its value head, for each cluster its key head,
+        for each head its key head. A table that changes nothing is empty, and none at the end.
     """
     del others
     (count, groups, wide), heads = (t.shape[1] for t in (q, k, v)), len(clusters)
@@ -67,12 +67,16 @@ def head_tables(
     if even and all(list(told or spread([], n, m)) == spread([], n, m) for told, n, m in maps):
         return []
     keys, values = spread(keys, count, groups), spread(values, heads, wide)
-    found = (clusters, [keys[cluster] for cluster in clusters], values, keys)
-    sizes = (count, groups, wide, groups)
-    return [
-        torch.tensor([] if list(table) == list(range(size)) else table, dtype=torch.int64)
-        for table, size in zip(found, sizes, strict=True)
+    shared = keys == list(range(groups))
+    found = [
+        list(clusters),
+        [] if values == list(range(wide)) else values,
+        [] if shared else keys,
+        [] if shared else [keys[cluster] for cluster in clusters],
     ]
+    while not found[-1]:
+        found.pop()
+    return [torch.tensor(table, dtype=torch.int64) for table in found]
 
 
 def attend(
@@ -90,7 +94,8 @@ def attend(
 ) -> Tensor:
     """Returns what `clustered_attention` does, whatever the strides; `tables` are `head_tables`."""
     del keys, values  # they are in the tables
-    mask = seen_keys(q, k, mask, causal, offset)
+    if causal:
+        mask = seen_keys(q, k, mask, causal, offset)
     if tables:
         return _uneven(q, k, v, mask, scale, *tables)
     heads, groups = len(clusters), k.shape[1]
@@ -139,22 +144,29 @@ def _grouped(x: Tensor, groups: int, heads: int) -> Tensor:
 
 
 def _uneven(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, *tables: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    to_cluster: Tensor,
+    to_value: Tensor | None = None,
+    cluster_key: Tensor | None = None,
+    to_key: Tensor | None = None,
 ) -> Tensor:
-    to_cluster, to_key, to_value, cluster_key = tables
     v = _chosen(v, to_value)
-    few = _holds(q.shape[2] <= FEW_QUERIES) and _holds(k.shape[2] >= MANY_KEYS)
+    few = _holds(k.shape[2] >= MANY_KEYS) and _holds(q.shape[2] <= FEW_QUERIES)
     if few and q.dtype in WIDE and _lies_close(k) and _lies_close(v):
         scores = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ _chosen(k, cluster_key).mT
         return _chosen(_softmax(scores, mask), to_cluster) @ v
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = _chosen(mask, to_cluster)
-    q, k = _chosen(q, to_cluster), _chosen(k, to_key)
+    q, k = q.index_select(1, to_cluster), _chosen(k, to_cluster if to_key is None else to_key)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def _chosen(x: Tensor, table: Tensor) -> Tensor:
-    return x.index_select(1, table) if table.shape[0] else x
+def _chosen(x: Tensor, table: Tensor | None) -> Tensor:
+    return x if table is None or table.shape[0] == 0 else x.index_select(1, table)
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
