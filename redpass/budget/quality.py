@@ -109,6 +109,8 @@ class Judge:
         self.budget, self.originals, self.split = budget, originals, split
         self.few = few or originals
         self.prefix = Prefix(base, originals.batches, originals.port)
+        for known in {self.originals, self.few}:
+            known.quicker = lambda number: self.prefix.output(originals.program, number)
 
     def measure(self, program: Program, *, quick: bool = False) -> Quality:
         """Measures `program` on all batches, or on the few."""

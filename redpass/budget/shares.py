@@ -32,10 +32,14 @@ from redpass.plan import Action, Pass
 from redpass.program import Program
 from redpass.progress import Listener, Silent, track
 from redpass.record import CostRecord, Curve
-from redpass.verify.metrics import find_metric
+from redpass.verify.metrics import fewest, find_metric
 from redpass.verify.originals import Originals, quality_port
 
 SEARCHES = ("greedy", "allocated", "one-shot", "random")
+
+FEW = 4
+"""Greedy search tries all candidates alone on this fraction of the batches, and measures on all of
+them what may be the best by that."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,13 @@ class _Job:
     def __init__(self, engine: Engine, metric: str, cost: str, allowed: float) -> None:
         self.engine, self.cost, self.allowed = engine, cost, allowed
         assert engine.calibration is not None
-        better = find_metric(metric).better
+        judged = find_metric(metric)
+        better = judged.better
         limit = Limit(metric, "<=" if better == "lower" else ">=", float("inf"), relative=False)
         originals = Originals(engine.program, engine.calibration)
-        judge = Judge(Budget((limit,)), engine.program, originals, "calibration")
+        count = max(len(engine.calibration) // FEW, len(fewest(judged, engine.calibration)))
+        few = Originals(engine.program, engine.calibration[:count])
+        judge = Judge(Budget((limit,)), engine.program, originals, "calibration", few)
         sizes = usual_sizes(engine.program)
         self.start = cost_record(engine.program, sizes)
         self.trials = Trials(
@@ -157,7 +164,7 @@ class _Job:
         greedy, listener = Greedy(self.trials.attempt), self.engine.listener
         ranked = best_guesses(pool)
         for candidate in track(ranked[:MOST], listener, "trying candidates alone", len(pool)):
-            self.trials.attempt(candidate)
+            self.trials.attempt(candidate, quick=True)
         stage = f"choosing among {len(pool)} candidates"
         listener.start(stage, len(pool))
         while pool:

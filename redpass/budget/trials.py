@@ -50,8 +50,12 @@ class Trials:
         self.held: list[Candidate] = []
         self.step = 0
 
-    def attempt(self, candidate: Candidate) -> bool:
+    def attempt(self, candidate: Candidate, *, quick: bool = False) -> bool:
         """Tries a candidate on top of what was accepted and fills in its figures.
+
+        Args:
+            quick: on the few batches of the judge: its figures order, and it has to be tried in
+                earnest before it can be accepted.
 
         Returns:
             False when it is out for good; `out` says why.
@@ -60,11 +64,13 @@ class Trials:
         if program is None:
             return False
         try:
-            quality = self.judge.measure(program)
+            quality = self.judge.measure(program, quick=quick)
         except RedpassError as error:
             return self._leave_out(candidate, "rolled back", str(error))
         candidate.loss = worse_by(quality[self.metric]) - self.loss
-        candidate.step, candidate.program, candidate.quality = self.step, program, quality
+        candidate.quality = quality
+        if not quick:
+            candidate.step, candidate.program = self.step, program
         return True
 
     def make(self, candidate: Candidate) -> Program | None:

@@ -67,7 +67,7 @@ class Metric:
                 function raises or gives NaN; the message names the metric.
         """
         if self.function is not None:
-            few = _fewest(self, batches)
+            few = fewest(self, batches)
             user_metric.call(self.name, self.function, program, program, few)
             return
         _check_names(self, batches)
@@ -209,8 +209,12 @@ def _user(
     return user_metric.estimate(run(program), was)
 
 
-def _fewest(metric: Metric, batches: Batches) -> Batches:
-    """Returns the first batches that hold as many rows as the metric needs."""
+def fewest(metric: Metric, batches: Batches) -> Batches:
+    """Returns the first batches that hold as many rows as the metric needs.
+
+    Raises:
+        DataError: all together do not.
+    """
     rows = 0
     for number, batch in enumerate(batches, 1):
         rows += max((len(value) for value in batch.values() if value.dim()), default=0)

@@ -50,6 +50,9 @@ class Originals:
         port: the output to keep; None as in `quality_port`.
         limit: bytes of outputs to keep.
         journal: remembers what programs measured on these data, for a run that is resumed.
+
+    Attributes:
+        quicker: gives the program's output on a batch for who keeps much of it; None runs it.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Originals:
         self.program, self.batches, self.limit = program, batches, limit
         self.journal = journal or Journal(None)
         self.port = quality_port(program, port).name
+        self.quicker: Callable[[int], Tensor] | None = None
         self.bytes = 0
         self._outputs: dict[int, Tensor] = {}
         self._kept: dict[Any, Any] = {}
@@ -72,7 +76,10 @@ class Originals:
         """Returns the original's output on batch `number`."""
         if number in self._outputs:
             return self._outputs[number]
-        value = run_port(self.program, self.batches[number], self.port)
+        if self.quicker:
+            value = self.quicker(number)
+        else:
+            value = run_port(self.program, self.batches[number], self.port)
         if self.bytes + value.nbytes <= self.limit:
             self._outputs[number] = value
             self.bytes += value.nbytes

@@ -188,5 +188,10 @@ def _check(matrix: Tensor, gram: Tensor | None) -> None:
         found = " x ".join(map(str, gram.shape))
         raise UsageError(f"a Gram matrix of {found} for a map that reads {matrix.shape[1]} values")
     for what, value in (("weight", matrix), ("Gram matrix", gram)):
-        if value is not None and not bool(torch.isfinite(value).all()):
+        if value is not None and not _is_finite(value):
             raise DataError(f"a {what} to decompose holds NaN or infinite values")
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all values are finite, without a second matrix to tell."""
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
