@@ -29,6 +29,9 @@ JSON = Any
 
 FORMAT = "redpass-journal-1"
 MAX_BYTES = 1 << 30
+TRACED = "-traced"
+"""What the traced program's file beside the journals ends in."""
+
 _OWN = re.compile(r"-[0-9a-f]{16}")
 
 _KEPT_ERRORS: dict[str, type[RedpassError]] = {
@@ -167,11 +170,34 @@ def kept_until_done(journal: Journal, listener: Listener) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def cleared_when_done(path: Path) -> Iterator[None]:
+    """Removes at the end what a run kept at the stem `path`, unless it failed and has figures."""
+    try:
+        yield
+    except BaseException:
+        if not _all(path):
+            remove_all(path)
+        raise
+    remove_all(path)
+
+
+def traced_of(path: Path) -> Path:
+    """Returns the file at the stem `path` that keeps the traced program."""
+    return path.with_name(f"{path.name}{TRACED}")
+
+
 def remove_all(path: Path) -> None:
-    """Removes the journals of every key at the stem `path`."""
-    for file in path.parent.iterdir():
-        if _OWN.fullmatch(file.name.removeprefix(path.name)) and file.name.startswith(path.name):
-            file.unlink(missing_ok=True)
+    """Removes the journals of every key at the stem `path`, and the traced program."""
+    for file in (*_all(path), traced_of(path)):
+        file.unlink(missing_ok=True)
+
+
+def _all(path: Path) -> list[Path]:
+    if not path.parent.is_dir():
+        return []
+    found = (file for file in path.parent.iterdir() if file.name.startswith(path.name))
+    return [file for file in found if _OWN.fullmatch(file.name.removeprefix(path.name))]
 
 
 def _append(path: Path, text: str) -> None:

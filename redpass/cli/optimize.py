@@ -25,7 +25,7 @@ from redpass.cli.options import (
 )
 from redpass.cli.screen import Screen
 from redpass.errors import BudgetError, UsageError
-from redpass.journal import remove_all
+from redpass.journal import cleared_when_done, traced_of
 from redpass.progress import Listener
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def optimize(
             "no place for the result", place="--out", hint="name a folder, or --dry-run"
         )
     job.journal, job.resume = journal_of(result.out), resume
-    with _staged(result, model) as folder:
+    with cleared_when_done(job.journal), _staged(result, model) as folder:
         try:
             with screen.listening() as listener:
                 found = job.run_pipeline(listener)
@@ -112,7 +112,6 @@ def optimize(
         except BudgetError as error:
             _show_miss(screen, error)
             raise
-    remove_all(job.journal)
     _finish(screen, record, _written(result.out))
 
 
@@ -159,6 +158,8 @@ class Job:
             data=self.data,
             tokenizer=self.rows.tokenizer,
             listener=listener,
+            kept=None if self.journal is None else traced_of(self.journal),
+            resume=self.resume,
         )
         batches = None if self.data is None else sources.read(self.data, self.program, self.rows)
         found = pipeline.optimize(

@@ -83,34 +83,56 @@ def load(
     data: Path | None = None,
     tokenizer: Path | None = None,
     listener: Listener | None = None,
+    kept: Path | None = None,
+    resume: bool = False,
 ) -> Program:
-    """Loads and traces a model.
+    """Loads and traces a model, or reads what an interrupted run kept of that.
 
     A pickled module does not say what its inputs look like; the first rows of `data` do, unless
     the user gave an example or a spec.
 
+    Args:
+        kept: where the traced program is kept for a run that goes on with this one.
+        resume: whether what lies there may be used.
+
     Raises:
         LoadError, TraceError, UsageError, DataError: see `redpass.load`.
     """
-    from redpass import frontend
-
     listener = listener or Silent()
     stage = f"loading {model.name or model}"
     is_pickle = model.suffix in (".pt", ".pth")
+    rows = options.example or (data if is_pickle and not options.input else None)
+    # Code of the user's own may change and no digest would tell.
+    has_code = options.module or options.allow or options.trust_file or (rows and tokenizer)
+
+    def fresh() -> Program:
+        return _load(resolve(model), options, rows, tokenizer)
+
     listener.start(stage)
     try:
-        return frontend.load(
-            resolve(model),
-            inputs=options.input,
-            data=options.example or (data if is_pickle and not options.input else None),
-            tokenizer=tokenizer,
-            task=options.task,
-            module=options.module,
-            allow=options.allow,
-            trust_file=options.trust_file,
-        )
+        if kept is None or has_code:
+            return fresh()
+        from redpass.frontend.kept import key_of, load_kept
+
+        key = key_of(resolve(model), rows, options.input, options.task)
+        return load_kept(kept, key, fresh, resume=resume)
     finally:
         listener.finish(stage)
+
+
+def _load(model: Path, options: ModelOptions, data: Path | None, tokenizer: Path | None) -> Program:
+    from redpass import frontend
+
+    return frontend.load(
+        model,
+        inputs=options.input,
+        data=data,
+        tokenizer=tokenizer,
+        task=options.task,
+        module=options.module,
+        allow=options.allow,
+        trust_file=options.trust_file,
+    )
 
 
 def read(path: Path, program: Program, options: DataOptions) -> Batches:

@@ -15,7 +15,7 @@ from redpass.checks.source import existing, unknown
 from redpass.errors import UsageError
 from redpass.frontend import adapt, batches, huggingface, pickled, pt2, pt2_ports, specs
 from redpass.frontend.adapt import Adapted
-from redpass.frontend.trace import finish, trace
+from redpass.frontend.trace import finish, trace, warn_of_nan
 from redpass.program import Origin, Program
 
 Example = Mapping[str, Tensor] | Sequence[Tensor]
@@ -109,7 +109,9 @@ def exported(program: torch.export.ExportedProgram, origin: Origin) -> Program:
         LoadError: an input that is no tensor.
     """
     dims, outputs = pt2_ports.describe(program)
-    return finish(program, dims, outputs, origin, prefix="")
+    found = finish(program, dims, outputs, origin, prefix="")
+    warn_of_nan(found.weights)
+    return found
 
 
 def _from_pt2(path: Path, task: str | None, *, trust: bool) -> Program:
@@ -120,6 +122,7 @@ def _from_pt2(path: Path, task: str | None, *, trust: bool) -> Program:
     origin = Origin("pt2", str(path), task=task or stored.task)
     dims = pt2_ports.stored_dims(graph, ports, path)
     program = finish(graph, dims, tuple(port.name for port in ports.outputs), origin, prefix="")
+    warn_of_nan(program.weights)
     return replace(program, signature=replace(program.signature, state=ports.state))
 
 

@@ -66,7 +66,7 @@ def trace(
     flat = _Flat(module, tuple(ready.example), call, names, notes)
     with _eval_mode(module), torch.no_grad():
         exported, ready = _export(flat, ready, notes)
-    _check_weights(flat)
+    warn_of_nan(dict(module.named_parameters()), parameters=True)
     origin = replace(origin, notes=tuple(notes))
     program = finish(exported, ready, tuple(names), origin, prefix=_Flat.PREFIX)
     _check_state(state, program.signature)
@@ -108,15 +108,21 @@ class NaNWeightsWarning(UserWarning):
     """A weight holds NaN or infinity."""
 
 
-def _check_weights(module: nn.Module) -> None:
-    for name, value in module.named_parameters():
-        tensor = value.detach()
-        if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            warnings.warn(
-                f"weight '{name.removeprefix(_Flat.PREFIX + '.')}' holds NaN or infinity",
-                NaNWeightsWarning,
-                stacklevel=3,
-            )
+def warn_of_nan(weights: Mapping[str, Tensor], *, parameters: bool = False) -> None:
+    """Warns of each weight that holds NaN or infinity.
+
+    Args:
+        parameters: whether all are parameters; a constant may hold minus infinity, as masks do.
+    """
+    for name, weight in weights.items():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        numbers = weight.detach()
+        numbers = numbers.float() if numbers.itemsize == 1 else numbers
+        finite = torch.isfinite(numbers) if parameters else ~numbers.isnan() & ~numbers.isposinf()
+        if not finite.all():
+            text = f"weight '{name}' holds NaN or infinity"
+            warnings.warn(text, NaNWeightsWarning, stacklevel=3)
 
 
 class _Flat(nn.Module):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from commands import Run
 
+from redpass.cli.signals import Stopped
 from redpass.manifest import verify_artifact
 
 DEPTH, WIDTH = 4, 16
@@ -96,6 +97,38 @@ def test_optimize_then_every_command_on_the_result(
     assert benched.code == 0, benched.err
     assert json.loads(benched.out)["rows"][0]["ratio"] > 0
     assert run("inspect", out, "--json").code == 0
+
+
+def test_a_resumed_run_traces_nothing(
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from redpass import frontend
+    from redpass.budget import quality
+
+    def stop(*_: object) -> None:
+        if stops:
+            raise Stopped(signal.SIGTERM)
+        stops.append(1)
+
+    out, stops, measure = tmp_path / "out", [], quality._measure
+    monkeypatch.setattr(quality, "_measure", lambda *a: [stop(), measure(*a)][1])
+    assert run(*words(model, data, out)).code == 143
+    names = sorted(path.name.rpartition("-")[2] for path in tmp_path.iterdir())
+    assert len(names) == 2
+    assert names[1] == "traced"
+    monkeypatch.setattr(quality, "_measure", measure)
+    monkeypatch.setattr(frontend, "load", lambda *_, **__: pytest.fail("traced again"))
+    found = run(*words(model, data, out), "--resume")
+    assert found.code == 0, found.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_fails_before_its_first_figure_leaves_nothing(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    found = run(*words(model, data, tmp_path / "out"), "--reduce", "drop_noops")
+    assert found.code != 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_single_file_export(run: Run, model: Path, tmp_path: Path) -> None:
