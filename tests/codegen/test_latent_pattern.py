@@ -13,6 +13,7 @@ from torch import fx
 from redpass.codegen.decompose import decompose
 from redpass.codegen.emit import emit
 from redpass.codegen.lower import LowerHotPaths, find_sites
+from redpass.codegen.patterns.latent_attention import NORMED
 from redpass.facts import Facts
 from redpass.plan import Skip
 from redpass.program import Program
@@ -33,24 +34,49 @@ def rebuilt(b: Builder, name: str, heads: int, *, bias: bool = False) -> fx.Node
     return b.call(aten.transpose.int, split, 1, 2)
 
 
-def rotated(b: Builder, x: fx.Node, *, halves: bool = True) -> fx.Node:
-    angle = b.input("angle", "batch", "past", WIDTH // 2 if halves else WIDTH)
+def rotated(b: Builder, x: fx.Node, *, halves: bool = True, width: int = WIDTH) -> fx.Node:
+    """Rotated heads, or their first `width` columns rotated and the others as they are."""
+    if width < WIDTH:
+        parts = b.call(aten.slice.Tensor, x, 3, 0, width), b.call(aten.slice.Tensor, x, 3, width)
+        return b.call(aten.cat.default, [rotated_all(b, parts[0], width, halves), parts[1]], -1)
+    return rotated_all(b, x, width, halves)
+
+
+def rotated_all(b: Builder, x: fx.Node, width: int, halves: bool) -> fx.Node:
+    angle = b.input("angle", "batch", "past", width // 2 if halves else width)
     full = b.call(aten.cat.default, [angle, angle], -1) if halves else angle
     tables = [b.call(op, full) for op in (aten.cos.default, aten.sin.default)]
     cos, sin = (b.call(aten.unsqueeze.default, table, 1) for table in tables)
-    first = b.call(aten.slice.Tensor, x, 3, 0, WIDTH // 2)
-    second = b.call(aten.slice.Tensor, x, 3, WIDTH // 2, 2**63 - 1)
+    first = b.call(aten.slice.Tensor, x, 3, 0, width // 2)
+    second = b.call(aten.slice.Tensor, x, 3, width // 2, 2**63 - 1)
     turned = b.call(aten.cat.default, [b.call(aten.neg.default, second), first], -1)
     left, right = b.call(aten.mul.Tensor, x, cos), b.call(aten.mul.Tensor, turned, sin)
     return b.call(aten.add.Tensor, left, right)
 
 
+def normed(b: Builder, x: fx.Node, kind: str) -> fx.Node:
+    """Heads after a norm of one of the kinds that models have, or as they are."""
+    gain = b.weight("gain", torch.rand(WIDTH) + 0.5) if kind else None
+    if kind == "spelled out":
+        square = b.call(aten.mean.dim, b.call(aten.pow.Tensor_Scalar, x, 2), [-1], True)
+        root = b.call(aten.rsqrt.default, b.call(aten.add.Tensor, square, 0.1))
+        return b.call(aten.mul.Tensor, b.call(aten.mul.Tensor, x, root), gain)
+    if kind == "layer":
+        return b.call(aten.layer_norm.default, x, [WIDTH], gain)
+    if kind:
+        given = None if kind == "without gain" else gain
+        return b.call(aten.rms_norm.default, x, [WIDTH], given, 0.1)
+    return x
+
+
 def attend(
-    *, value_bias: bool = False, halves: bool = True, mask: bool = False, **options: Any
-) -> Program:
+    *, key_bias: bool = False, value_bias: bool = False, halves: bool = True, mask: bool = False,
+    norm: str = "", width: int = WIDTH, **options: Any,
+) -> Program:  # fmt: skip
     b = Builder()
     query = b.input("query", "batch", HEADS, "seq", WIDTH)
-    key = rotated(b, rebuilt(b, "keys", KEY_HEADS), halves=halves)
+    key = normed(b, rebuilt(b, "keys", KEY_HEADS, bias=key_bias), norm)
+    key = rotated(b, key, halves=halves, width=width)
     value = rebuilt(b, "values", KEY_HEADS, bias=value_bias)
     seen = b.input("seen", "batch", 1, "seq", "past", dtype=torch.bool) if mask else None
     sdpa = aten.scaled_dot_product_attention.default
@@ -78,6 +104,20 @@ def test_keys_that_are_rebuilt_are_lowered(options: dict[str, Any]) -> None:
     check_numbers(ASKED.exactness, program, checked.after, values(program))
 
 
+@pytest.mark.parametrize("norm", ["rms", "without gain", "spelled out"])
+def test_keys_that_are_normalised_are_lowered(norm: str) -> None:
+    """As in Qwen3: between the projection and the rotation, over the columns of a head."""
+    program = attend(norm=norm)
+    checked = run_pass(ASKED, program)
+    assert checked.rules == ["lower.latent_attention"]
+    assert "norm" not in checked.after.text
+    assert "rsqrt" not in checked.after.text
+    (node,) = [n for n in checked.after.graph.nodes if "latent" in str(n.target)]
+    assert node.args[-1] == 0.1
+    check_numbers(ASKED.exactness, program, checked.after, values(program))
+    check_numbers(ASKED.exactness, program, decompose(checked.after), values(program))
+
+
 def test_the_up_projections_are_views_of_the_weights() -> None:
     program = attend()
     after = run_pass(ASKED, program).after
@@ -91,6 +131,9 @@ def test_the_up_projections_are_views_of_the_weights() -> None:
     ("options", "reason"),
     [
         ({"value_bias": True}, "its keys are rebuilt from latents and its values are not"),
+        ({"key_bias": True}, "a bias is added to its keys"),
+        ({"norm": "layer"}, NORMED),
+        ({"width": 4}, "its keys are rotated in part"),
         ({"halves": False}, "its rotary tables are not two equal halves"),
         ({"is_causal": True}, "it drops out scores, or is causal without a mask"),
     ],

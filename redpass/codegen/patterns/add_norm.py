@@ -77,7 +77,7 @@ def _norm_fault(program: Program, add: fx.Node, norm: Norm) -> str:
             return f"'{name}' is not one number a column"
         if name and program.weights[name].dtype != add.meta["val"].dtype:
             return f"'{name}' has another dtype than the sum"
-    if not _over_last_axis(program, norm, width):
+    if not over_last_axis(program, norm, width):
         return "the norm does not run over the last axis alone"
     inside = norm.nodes | {add.name}
     if read := reader_outside(program, inside, (*_copies(add), norm.output)):
@@ -94,8 +94,8 @@ def _copies(add: fx.Node) -> list[str]:
     return [node.name for node in found]
 
 
-def _over_last_axis(program: Program, norm: Norm, width: Any) -> bool:
-    """Whether every mean, variance or fused norm among the nodes takes the last axis alone."""
+def over_last_axis(program: Program, norm: Norm, width: Any) -> bool:
+    """Whether every mean, variance or fused norm among a norm's nodes takes the last axis alone."""
     if not isinstance(width, int):
         return False
     for name in norm.nodes:

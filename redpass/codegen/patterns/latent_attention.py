@@ -1,7 +1,7 @@
 """Attention that rebuilds its keys from a cache of latents, rotates them, and attends.
 
 %k = matmul(%latents, %up)                  latents [b, g, t, r], up [g, r, heads / g * d]
-%k = rotated(views(%k))                                  ->    %y = redpass.latent_attention(
+%k = rotated(normed(%k))                                 ->    %y = redpass.latent_attention(
 %y = scaled_dot_product_attention(%q, %k, %v)                %q, %latents, %up, %values, ...)
 
 A linear on latents [b, t, r] is the same with one group. Values are rebuilt in one of these ways,
@@ -10,21 +10,22 @@ or are latents themselves, one for each group, whose way back stands behind the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from redpass import ops
 from redpass.analysis.flow import Flow
 from redpass.analysis.heads.spreads import Spread, head_count, spread
-from redpass.analysis.linears import Linear, linears, new_name
+from redpass.analysis.linears import linears, new_name
 from redpass.analysis.provenance import Tracer
+from redpass.analysis.records import Norm
 from redpass.analysis.rotary import has_equal_halves
 from redpass.analysis.structure import Structure
+from redpass.codegen.patterns.add_norm import over_last_axis
+from redpass.codegen.patterns.rebuilt import Reader, Rebuilt
 from redpass.codegen.patterns.rotary import Turn, read_turn, table_of
 from redpass.codegen.patterns.site import Site
 from redpass.plan import Insert, Ref, SetWeight, Skip, WeightRef
@@ -34,41 +35,14 @@ aten = torch.ops.aten
 OP = "latent_attention"
 RULE = f"lower.{OP}"
 
-
-@dataclass(frozen=True, eq=False)
-class Rebuilt:
-    """Heads `[b, n, t, d]` that a matrix makes of latents.
-
-    Attributes:
-        latents: the node they are made of, `[b, t, r]`, or `[b, g, t, r]` where groups are apart.
-        weight: name of the matrix.
-        ups: it, as `[n, d, r]`.
-        nodes: the nodes from the product to the heads.
-    """
-
-    latents: fx.Node
-    weight: str
-    ups: Tensor
-    nodes: tuple[fx.Node, ...]
-
-    @property
-    def groups(self) -> int:
-        """How many latents a position has."""
-        shape = self.latents.meta["val"].shape
-        return int(shape[1]) if len(shape) == 4 else 1
-
-    def stored(self, program: Program) -> SetWeight:
-        """The matrix as the op reads it: a view where strides allow."""
-        return SetWeight(
-            new_name(program, self.weight, "heads"), self.ups, f"{self.weight} by heads"
-        )
+NORMED = "its keys are normalised otherwise than by the root mean square of a head"
 
 
 def find(program: Program, structure: Structure) -> Iterator[Site | Skip]:
     """Yields every attention whose keys are rebuilt, for more positions than there are queries."""
-    del structure
-    flow, by_node = Flow(program), linears(program).by_node
+    flow, norms = Flow(program), {norm.output: norm for norm in structure.norms}
     tracer = Tracer(flow)
+    reader = Reader(program, tracer, linears(program).by_node, norms)
     for node in program.graph.nodes:
         if not ops.is_call(node, "scaled_dot_product_attention"):
             continue
@@ -76,13 +50,13 @@ def find(program: Program, structure: Structure) -> Iterator[Site | Skip]:
         if query.meta["val"].dim() != 4 or _length(query) == _length(key):
             continue
         keys, values = spread(tracer, key), spread(tracer, value)
-        turn = None if keys is None else read_turn(flow.peel(keys.source))
+        turn = None if keys is None else _turn(flow, keys.source)
         if keys is None or values is None or turn is None:
             continue
-        latents = _rebuilt(program, tracer, turn.value, by_node)
+        latents = reader.read(turn.value)
         if latents is None:
             continue
-        kept = _rebuilt(program, tracer, values.source, by_node)
+        kept = reader.read(values.source)
         found = _read(program, node, (keys, values), turn, latents, kept)
         yield Skip(RULE, node.name, found) if isinstance(found, str) else found
 
@@ -91,58 +65,12 @@ def _length(node: fx.Node) -> Any:
     return ops.expression(node.meta["val"].shape[2])
 
 
-def _rebuilt(
-    program: Program, tracer: Tracer, node: fx.Node, by_node: Mapping[str, Linear]
-) -> Rebuilt | None:
-    """Reads the heads of latents where there are more numbers in the heads than in a latent."""
-    passed, made = [], node
-    while ops.is_view(made) and isinstance(made.args[0], fx.Node):
-        passed.append(made)
-        made = made.args[0]
-    shape = node.meta["val"].shape
-    linear = by_node.get(made.name)
-    if linear is not None and linear.bias is None:
-        ups, weight = linear.matrix(program).unsqueeze(0), linear.weight
-        latents = program.nodes[linear.input]
-        fits = latents.meta["val"].dim() == 3
-    else:
-        operands = [arg for arg in made.args[:2] if isinstance(arg, fx.Node)]
-        found = program.weight(operands[1]) if len(operands) == 2 else None
-        if found is None or found.dim() != 3 or not ops.is_call(made, "matmul", "bmm"):
-            return None
-        latents, ups, weight = operands[0], found.mT, str(operands[1].target)
-        sizes = latents.meta["val"].shape
-        fits = len(sizes) == 4 and sizes[1] == len(ups)
-    if not fits or len(shape) != 4 or ups.shape[1] <= ups.shape[2]:
-        return None
-    heads, width = int(shape[1]), int(shape[3])
-    if not _is_in_order(tracer, made, node, passed, (len(ups), heads, width)):
-        return None
-    by_head = ups.reshape(heads, width, -1)
-    return Rebuilt(latents, weight, by_head, (*passed, made))
-
-
-def _is_in_order(
-    tracer: Tracer,
-    made: fx.Node,
-    node: fx.Node,
-    passed: list[fx.Node],
-    sizes: tuple[int, int, int],
-) -> bool:
-    """Whether head `i` of `node` is the `i`-th part of what was made, and positions stay."""
-    groups, heads, width = sizes
-    shape = tracer.shape(made)
-    if shape is None or heads % groups or shape[-1] * groups != heads * width:
-        return False
-    count = math.prod(shape) // (groups * shape[-1] * shape[0])
-    lines = torch.arange(shape[0] * count * heads * width)
-    labels = lines.reshape(shape[0], count, groups, shape[-1])
-    start = labels.transpose(1, 2) if len(shape) == 4 else labels.flatten(2)
-    found = tracer.run(passed, {made: start}).get(node)
-    wanted = lines.reshape(shape[0], count, heads, width).transpose(1, 2)
-    return (
-        isinstance(found, Tensor) and found.shape == wanted.shape and bool((found == wanted).all())
-    )
+def _turn(flow: Flow, heads: fx.Node) -> Turn | None:
+    """The rotation of keys, whole or of their first columns."""
+    node = flow.peel(heads)
+    if ops.is_call(node, "cat"):
+        node = ops.argument(node, "tensors")[0]
+    return read_turn(node)
 
 
 def _read(
@@ -153,6 +81,9 @@ def _read(
     latents: Rebuilt,
     values: Rebuilt | None,
 ) -> Site | str:
+    if latents.shifted or (latents.norm and _norm_fault(program, latents.norm, turn.value)):
+        return "a bias is added to its keys" if latents.shifted else NORMED
+    values = None if values is None or values.shifted or values.norm else values
     groups = latents.groups if values is None else values.groups
     if groups != latents.groups or (values is None and _heads(spreads[1]) != groups):
         return "its keys are rebuilt from latents and its values are not"
@@ -167,9 +98,21 @@ def _read(
     if turn.interleaved or None in tables:
         return "its keys are rotated in pairs, or by tables of another shape"
     found = [table for table in tables if table is not None]
+    if found[0].meta["val"].shape[-1] != turn.value.meta["val"].shape[-1]:
+        return "its keys are rotated in part"
     if not all(has_equal_halves(program, table) for table in found):
         return "its rotary tables are not two equal halves"
     return _site(program, node, spreads, turn, (latents, values), found)
+
+
+def _norm_fault(program: Program, norm: Norm, heads: fx.Node) -> str:
+    """Why the kernel does not normalise keys so."""
+    value, width = program.nodes[norm.output].meta["val"], heads.meta["val"].shape[-1]
+    gain = None if norm.weight is None else program.weights[norm.weight]
+    is_plain = norm.kind == "rms" and norm.eps is not None and norm.bias is None
+    fits = gain is None or (tuple(gain.shape) == (width,) and gain.dtype == value.dtype)
+    same = value.dtype == program.nodes[norm.input].meta["val"].dtype == heads.meta["val"].dtype
+    return "" if is_plain and fits and same and over_last_axis(program, norm, width) else NORMED
 
 
 def _heads(item: Spread) -> int:
@@ -187,6 +130,7 @@ def _site(
     keys, values = rebuilt
     kept = spreads[1].source if values is None else values.latents
     weights = [item.stored(program) for item in rebuilt if item is not None]
+    gain, fresh = _gain(program, keys.norm)
     half = tables[0].meta["val"].shape[-1] // 2
     views = [_by_position(keys.latents), _by_position(kept)]
     views += [(aten.slice.Tensor, (Ref(table.name), -1, 0, half)) for table in tables]
@@ -212,14 +156,27 @@ def _site(
             None if mask is None else Ref(mask.name),
             False,
             ops.argument(node, "scale"),
+            gain,
+            None if keys.norm is None else keys.norm.eps,
         ),
         before=node.name,
         covers=frozenset({node.name, *(n.name for n in _only(passed, node))}),
         reason=f"keys of {head_count(turn.value)} heads are rebuilt from "
         f"{keys.groups * keys.ups.shape[2]} numbers a position",
-        weights=tuple(weights),
+        weights=(*weights, *fresh),
         prepared=tuple(steps),
     )
+
+
+def _gain(program: Program, norm: Norm | None) -> tuple[WeightRef | None, tuple[SetWeight, ...]]:
+    """What normalised keys are multiplied by, and the weight that is new."""
+    if norm is None or norm.weight is None:
+        return None, ()
+    if not norm.offset:
+        return WeightRef(norm.weight), ()
+    fresh = new_name(program, norm.weight, "gain")
+    gain = program.weights[norm.weight] + norm.offset
+    return WeightRef(fresh), (SetWeight(fresh, gain, f"{norm.weight}, stored around zero"),)
 
 
 def _by_position(latents: fx.Node) -> tuple[Any, tuple[Any, ...]]:

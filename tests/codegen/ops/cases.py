@@ -30,6 +30,8 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, tuple]]:
         "clustered_attention mask": (*heads, clusters, [1, 0], [4, 3, 2, 1, 0], seen, False, 0,
                                      None),
         "latent_attention": (draw(2, 8, 1, 16), *latents, table, table, None, False, None),
+        "latent_attention normed": (draw(2, 8, 1, 16), *latents, table, table, None, False, None,
+                                    draw(16), 1e-5),
         "latent_attention pairs": (draw(2, 8, 3, 16), *latents[:3], None, table, table, seen, True,
                                    0.3),
     }  # fmt: skip

@@ -55,13 +55,16 @@ def pairs_of(width: int, interleaved: bool) -> list[tuple[int, int]]:
     return [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
 
 
-@pytest.mark.parametrize("label", ["latent_attention", "latent_attention pairs"])
+@pytest.mark.parametrize("label", ["latent_attention", "latent_attention pairs",
+                                   "latent_attention normed"])  # fmt: skip
 def test_latent_attention(label) -> None:
     name, arguments = DOUBLE[label]
-    q, latent, up, values, raised, cos, sin, mask, interleaved, scale = arguments
+    q, latent, up, values, raised, cos, sin, mask, interleaved, scale, *norm = arguments
     found = OPS[name].reference(*arguments)
     for b, h in ((b, h) for b in range(2) for h in range(8)):
         key = latent[b, :, h // 4] @ up[h // 2].T
+        if norm:
+            key = key / (key.square().mean(1, keepdim=True) + norm[1]).sqrt() * norm[0]
         key = rotated(key, cos[0], sin[0], pairs_of(16, interleaved))
         value = values[b, :, h // 4]
         value = value if raised is None else value @ raised[h // 4].T

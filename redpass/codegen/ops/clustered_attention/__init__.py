@@ -49,7 +49,7 @@ FEW: tuple[Sizes, Sizes, Sizes] = (
 )
 """Few queries: keys, value heads, warps, stages."""
 
-WIDE_MANY: Sizes = ((16, 16, 2, 8, 1), (32, 16, 1, 8, 1))
+WIDE_MANY: Sizes = ((32, 16, 1, 8, 1), (16, 16, 2, 8, 1))
 WIDE_FEW: Sizes = ((16, 2, 8, 1),)
 """Float32, whose products run outside the tensor cores."""
 

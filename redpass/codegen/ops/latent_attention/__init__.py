@@ -75,15 +75,18 @@ def _refuses(
 def _kind(
     q: Tensor, key_latent: Tensor, key_up: Tensor, value_latent: Tensor, value_up: Tensor | None,
     cos: Tensor, sin: Tensor, mask: Tensor | None, interleaved: bool, scale: float | None,
+    key_gain: Tensor | None = None, key_eps: float | None = None,
 ) -> Hashable:  # fmt: skip
     seen = None if mask is None else mask.dtype
     sizes = q.shape[1:], key_latent.shape[2:], key_up.shape[:2], value_latent.shape[-1]
-    return q.dtype, sizes, value_up is None, cos.dtype, seen, interleaved
+    normed = key_eps is not None, None if key_gain is None else key_gain.dtype
+    return q.dtype, sizes, value_up is None, cos.dtype, seen, interleaved, normed
 
 
 def _probe(
     q: Tensor, key_latent: Tensor, key_up: Tensor, value_latent: Tensor, value_up: Tensor | None,
     cos: Tensor, sin: Tensor, mask: Tensor | None, interleaved: bool, scale: float | None,
+    key_gain: Tensor | None = None, key_eps: float | None = None,
 ) -> Arguments:  # fmt: skip
     length = 70
     latents = [random_like(t, 2, length, *t.shape[2:]) for t in (key_latent, value_latent)]
@@ -97,7 +100,9 @@ def _probe(
         is_boolean = mask.dtype == torch.bool
         mask = seen if is_boolean else torch.where(seen, 0.0, float("-inf")).to(mask.dtype)
     query = random_like(q, 2, *q.shape[1:])
-    return query, latents[0], ups[0], latents[1], ups[1], *tables, mask, interleaved, scale
+    gain = None if key_gain is None else random_like(key_gain, *key_gain.shape)
+    latent_operands = query, latents[0], ups[0], latents[1], ups[1]
+    return *latent_operands, *tables, mask, interleaved, scale, gain, key_eps
 
 
 def _configs(q: Tensor, key_latent: Tensor, *others: Any) -> tuple[Config, ...]:
@@ -111,24 +116,28 @@ def _configs(q: Tensor, key_latent: Tensor, *others: Any) -> tuple[Config, ...]:
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
-    for heads, key_heads, groups, rank, value_rank, width, length in (
-        (32, 32, 8, 256, 256, 128, 65536), (32, 8, 8, 96, 80, 128, 4096),
-        (8, 4, 2, 33, 50, 80, 781),
+    for heads, key_heads, groups, rank, value_rank, width, length, eps in (
+        (32, 32, 8, 256, 256, 128, 65536, None), (32, 8, 8, 96, 80, 128, 4096, 1e-6),
+        (8, 4, 2, 33, 50, 80, 781, None),
     ):  # fmt: skip
         shapes = (
             (1, heads, 1, width), (1, length, groups, rank), (key_heads, width, rank),
-            (1, length, groups, value_rank), (key_heads, width, value_rank),
+            (1, length, groups, value_rank), (key_heads, width, value_rank), (width,),
         )  # fmt: skip
-        tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        *tensors, gain = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
         table = torch.empty(1, length, width // 2, device="meta")
         label = f"{heads} heads of {width}, {groups} latents of {rank} and {value_rank}, {length}"
-        yield label, (*tensors, table, table, None, False, None)
+        if eps is None:
+            yield label, (*tensors, table, table, None, False, None, None, None)
+        else:
+            yield f"{label}, normed", (*tensors, table, table, None, False, None, gain, eps)
 
 
 OP = Op(
     name="latent_attention",
     schema="(Tensor q, Tensor key_latent, Tensor key_up, Tensor value_latent, Tensor? value_up,"
-    " Tensor cos, Tensor sin, Tensor? mask, bool interleaved, float? scale) -> Tensor",
+    " Tensor cos, Tensor sin, Tensor? mask, bool interleaved, float? scale, Tensor? key_gain=None,"
+    " float? key_eps=None) -> Tensor",
     reference=latent_attention,
     fake=_fake,
     launch=_launch,

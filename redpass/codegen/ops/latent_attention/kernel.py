@@ -1,9 +1,10 @@
 """Attention over latent keys and values for few queries: keys live in registers only.
 
-A program takes a tile of latents, rebuilds the keys of one head after the other from it, rotates
-them, and adds their scores to one tile that has the queries of all heads of the group as rows. The
-values stay latents: weights are summed over them, and the up projection comes last, once for each
-query. The keys are cut into parts for parallel programs; their results are merged.
+A program takes a tile of latents, rebuilds the keys of one head after the other from it,
+normalises them where the model does, rotates them, and adds their scores to one tile that has the
+queries of all heads of the group as rows. The values stay latents: weights are summed over them,
+and the up projection comes last, once for each query. The keys are cut into parts for parallel
+programs; their results are merged.
 """
 
 import torch
@@ -16,10 +17,10 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _rotated_keys(latents, ups, up_row, up_column, cos, sin, in_keys,
+def _rotated_keys(latents, ups, up_row, up_column, cos, sin, key_gain, key_eps, in_keys,
                   RANK: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-                  PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_P: tl.constexpr):  # fmt: skip
+                  NORMED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
     """Returns the first and the second of each pair of columns of one head, [BLOCK_N, BLOCK_P]."""
     rank, pair = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     one = 2 * pair if INTERLEAVED else pair
@@ -37,6 +38,14 @@ def _rotated_keys(latents, ups, up_row, up_column, cos, sin, in_keys,
         up_two = tl.load(columns + two[None, :] * up_row, mask=inside, other=0.0)
         first = tl.dot(tile, up_one, first, input_precision=PRECISION)
         second = tl.dot(tile, up_two, second, input_precision=PRECISION)
+    if NORMED:
+        # Columns behind the last pair are zero.
+        square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        root = tl.rsqrt(square / (2 * PAIRS) + key_eps)[:, None]
+        first, second = first * root, second * root
+        if key_gain is not None:
+            first *= tl.load(key_gain + one, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
+            second *= tl.load(key_gain + two, mask=pair < PAIRS, other=0.0).to(tl.float32)[None, :]
     # Read once for each head, from the cache: held in registers they would make the loop spill.
     inside = in_keys & (pair < PAIRS)[None, :]
     cosines = tl.load(cos[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -52,6 +61,7 @@ def latent_kernel(
     value_latent,
     cos,
     sin,
+    key_gain,
     mask,
     out,
     sums,
@@ -59,6 +69,7 @@ def latent_kernel(
     keys,
     heads,
     scale,
+    key_eps,
     q_batch,
     q_head,
     q_row,
@@ -85,6 +96,7 @@ def latent_kernel(
     VALUE_RANK: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NORMED: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -135,8 +147,8 @@ def latent_kernel(
         for index in range(KEY_HEADS):
             first, second = _rotated_keys(
                 latent_at + at * key_row, key_up + (group * KEY_HEADS + index) * up_head,
-                up_row, up_column, cos_at + at * cos_row, sin_at + at * sin_row, in_keys, RANK,
-                PAIRS, INTERLEAVED, PRECISION, BLOCK_N, BLOCK_R, BLOCK_P,
+                up_row, up_column, cos_at + at * cos_row, sin_at + at * sin_row, key_gain, key_eps,
+                in_keys, RANK, PAIRS, INTERLEAVED, NORMED, PRECISION, BLOCK_N, BLOCK_R, BLOCK_P,
             )  # fmt: skip
             # Rows of other heads are zero here, so all heads add up in one tile.
             ours = reads == index
@@ -172,8 +184,9 @@ def latent_kernel(
 
 
 def launch(
-    options, q, key_latent, key_up, value_latent, value_up, cos, sin, mask, interleaved, scale
-):
+    options, q, key_latent, key_up, value_latent, value_up, cos, sin, mask, interleaved, scale,
+    key_gain=None, key_eps=None,
+):  # fmt: skip
     """Runs the kernels. Tensors whose last axis is not dense are copied first."""
     blocks = dict(options)
     splits = blocks["SPLITS"]
@@ -193,15 +206,17 @@ def launch(
     cos, sin = (t.expand(batch, length, pairs) for t in (cos, sin))
     if mask is not None:
         mask = mask.expand(batch, heads, queries, length)
+    key_gain = None if key_gain is None or key_eps is None else key_gain.contiguous()
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     latent_kernel[(splits, groups, batch)](
-        q, key_latent, key_up, value_latent, cos, sin,
+        q, key_latent, key_up, value_latent, cos, sin, key_gain,
         mask.view(torch.uint8) if kind == 1 else mask, parts, sums, queries, length, heads,
-        (width**-0.5 if scale is None else scale) * LOG2E,
+        (width**-0.5 if scale is None else scale) * LOG2E, key_eps or 0.0,
         *q.stride()[:3], *key_latent.stride()[:3], *key_up.stride(), *value_latent.stride()[:3],
         *cos.stride()[:2], *sin.stride()[:2], *(mask.stride() if kind else (0, 0, 0, 0)),
         HEADS=heads // groups, KEY_HEADS=key_up.shape[0] // groups, RANK=rank,
-        VALUE_RANK=value_rank, PAIRS=pairs, INTERLEAVED=interleaved, MASK=kind,
+        VALUE_RANK=value_rank, PAIRS=pairs, INTERLEAVED=interleaved,
+        NORMED=key_eps is not None, MASK=kind,
         PRECISION="ieee" if q.dtype == torch.float32 else None,
         BLOCK_M=max(16, triton.next_power_of_2(heads // groups * queries)),
         BLOCK_P=max(16, triton.next_power_of_2(pairs)),

@@ -18,8 +18,10 @@ def latent_attention(
     mask: Tensor | None,
     interleaved: bool,
     scale: float | None,
+    key_gain: Tensor | None = None,
+    key_eps: float | None = None,
 ) -> Tensor:
-    """Rebuilds keys from their latents, rotates them, and attends.
+    """Rebuilds keys from their latents, normalises and rotates them, and attends.
 
     Of h query heads, n key heads and g groups of heads, each number is a multiple of the next; all
     are spread evenly, in order. Keys without rotation need no such op: their up projection can be
@@ -38,6 +40,9 @@ def latent_attention(
             [b, h, s, t]. A row that sees no key gives zeros.
         interleaved: pairs are columns 2i and 2i+1; otherwise i and i + d/2.
         scale: None for 1 / sqrt(d).
+        key_gain: [d], what normalised keys are multiplied by.
+        key_eps: added to the mean square of a key, by whose root it is divided before it is
+            rotated; None: keys are not normalised.
 
     Returns:
         [b, h, s, f], or [b, h, s, e] without `value_up`.
@@ -47,6 +52,8 @@ def latent_attention(
     ups = key_up.reshape(groups, count // groups * width, rank)
     keys = key_latent.transpose(1, 2) @ ups.mT
     keys = keys.view(batch, groups, length, count // groups, width).transpose(2, 3)
+    if key_eps is not None:
+        keys = torch.rms_norm(keys, (width,), key_gain, key_eps)
     keys = _rotated(keys.flatten(1, 2), cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
     latents = scaled_dot_product_attention(
         q,

@@ -56,6 +56,21 @@ def test_masks(kind, splits, check, random) -> None:
     check(OP, *found, mask, False, None, config=config(splits))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("gain", [False, True])
+def test_normalised_keys(gain, interleaved, check, random) -> None:
+    """A width that is no power of two: the mean square counts the columns that are there."""
+    found = operands(random, keys=21, width=12, groups=2, key_heads=4, heads=8)
+    given = random(12) if gain else None
+    check(OP, *found, None, interleaved, None, given, 1e-3, config=config(2))
+
+
+def test_normalised_keys_of_half_precision(check, random) -> None:
+    found = operands(random, width=80, rank=33, dtype=torch.float16)
+    gain = random(80, dtype=torch.float16)
+    check(OP, *found, None, False, None, gain, 1e-6, config=config())
+
+
 def test_absorbed_values(check, random) -> None:
     q, latent, up, values, _, cos, sin = operands(random, value_rank=24)
     found = check(OP, q, latent, up, values, None, cos, sin, None, False, None, config=config(2))
