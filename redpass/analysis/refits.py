@@ -8,8 +8,8 @@ model's stream where the next branch reads it,
     argmin over D of || h D - (t - s) ||^2 + strength * || D ||^2,    W + D in place of W
 
 (a column of ones in `h` gives the bias' part). The sums are Gram matrices, so memory does not grow
-with the data. The strength is the one that is best on calibration batches that were not fitted on;
-a projection that gains nothing there stays as it is.
+with the data. The strength is the one that is best on calibration batches that were not fitted on
+(`ridge`); a projection that gains nothing there stays as it is.
 
 Source: least-squares reconstruction after pruning, as in Sparse GPT (Frantar and Alistarh 2023,
 arXiv:2301.00774) and FLAP (An et al. 2024, arXiv:2312.11983), here of the stream and in sequence.
@@ -27,7 +27,7 @@ from redpass import rewrite
 from redpass.analysis.compared import Compared
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
-from redpass.analysis.ridge import Sums, best_change, is_held_back
+from redpass.analysis.ridge import Sums, best_fit, is_held_back
 from redpass.analysis.structure import Branch, structure
 from redpass.data import Batches
 from redpass.facts import Facts
@@ -181,14 +181,13 @@ class _Fit:
                 features = torch.nn.functional.pad(features, (0, 1), value=1.0)
             size = float(target.square().sum())
             sums[is_held_back(number)].add(features, target - stream, size)
-        change, strength = best_change(*sums, has_bias=has_bias)
-        before, after = sums[1].error(None), sums[1].error(change)
-        if not after < before:
+        found = best_fit(sums, has_bias=has_bias)
+        if not found.gains:
             return None
         program = self.compared.program
-        edits = _edits(program, linear, change)
+        edits = _edits(program, linear, found.change)
         self.compared.move(rewrite.apply(program, [Action("refit", "here", edits, "")]))
-        return Refit(label, linear, edits, strength, before, after)
+        return Refit(label, linear, edits, found.strength, found.before, found.after)
 
 
 def _edits(program: Program, linear: Linear, change: Tensor) -> tuple[Edit, ...]:

@@ -1,6 +1,13 @@
-"""Ridge regression from sums: the fit and its strength, chosen on rows that were not fitted on."""
+"""Ridge regression from sums: the fit and its strength, chosen on rows that were not fitted on.
+
+Calibration batches are in two parts. Either part judges what is fitted on the other (two-fold cross
+validation), for each strength; with the best one the fit is made on both.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,11 +16,11 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths tried, in shares of the mean squared feature."""
 
 HELD_BACK = 4
-"""Every fourth calibration batch chooses the strength and is not fitted on."""
+"""Every fourth calibration batch is in the smaller part."""
 
 
 def is_held_back(number: int) -> bool:
-    """Whether batch `number` chooses the strength: every fourth one, and the second of few."""
+    """Whether batch `number` is in the smaller part: every fourth one, and the second of few."""
     return number % HELD_BACK == HELD_BACK - 1 or number == 1
 
 
@@ -37,6 +44,12 @@ class Sums:
         self.square += float(gap.square().sum())
         self.size += size
 
+    def __add__(self, other: Sums) -> Sums:
+        total = Sums(0, 0)
+        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        total.square, total.size = self.square + other.square, self.size + other.size
+        return total
+
     def error(self, change: Tensor | None) -> float:
         """Squared share of the target that is off with `change`, `[features, outs]`."""
         if change is None:
@@ -45,20 +58,60 @@ class Sums:
         return (self.square + fitted) / max(self.size, 1e-30)
 
 
-def best_change(fit: Sums, held: Sums, *, has_bias: bool) -> tuple[Tensor, float]:
-    """Returns the change that is best on the rows held back, and its strength.
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """A linear map fitted to rows in two parts.
+
+    Attributes:
+        change: `[features, outs]`, fitted to all rows.
+        strength: of `STRENGTHS`.
+        before: squared share of the target that is off without it.
+        after: the same with it, each part with a fit to the other.
+    """
+
+    change: Tensor
+    strength: float
+    before: float
+    after: float
+
+    @property
+    def gains(self) -> bool:
+        """Whether rows that were not fitted on are nearer to the target with it."""
+        return self.after < self.before
+
+
+def best_fit(parts: Sequence[Sums], *, has_bias: bool) -> RidgeFit:
+    """Returns the fit of the strength that is best on rows which were not fitted on.
 
     Args:
+        parts: sums of two parts of the rows.
         has_bias: whether the last feature is a column of ones; it is as good as free.
     """
-    mean = float(fit.gram.diagonal().mean())
-    ridge = torch.ones(len(fit.gram), dtype=torch.float64)
+    left, right = parts
+    both = left + right
+
+    def error(strength: float) -> float:
+        folds = ((left, right), (right, left))
+        return sum(
+            held.error(fitted(fit, strength, has_bias=has_bias)) * held.size for fit, held in folds
+        )
+
+    after, strength = min((error(strength), strength) for strength in STRENGTHS)
+    change = fitted(both, strength, has_bias=has_bias)
+    return RidgeFit(change, strength, both.error(None), after / max(both.size, 1e-30))
+
+
+def fitted(sums: Sums, strength: float, *, has_bias: bool) -> Tensor:
+    """Returns the change `[features, outs]` that fits rows best at a strength."""
+    ridge = torch.ones(len(sums.gram), dtype=torch.float64)
     if has_bias:
         ridge[-1] = 1e-6
-    found = []
-    for strength in STRENGTHS:
-        matrix = fit.gram + torch.diag(ridge * max(strength * mean, 1e-12))
-        change = torch.linalg.solve(matrix, fit.cross)
-        found.append((held.error(change), strength, change))
-    _, strength, change = min(found, key=lambda item: item[0])
-    return change, strength
+    mean = float(sums.gram.diagonal().mean())
+    matrix = sums.gram + torch.diag(ridge * max(strength * mean, 1e-12))
+    return torch.linalg.solve(matrix, sums.cross)
+
+
+def best_change(fit: Sums, held: Sums, *, has_bias: bool) -> tuple[Tensor, float]:
+    """Returns the change of `best_fit` and its strength."""
+    found = best_fit((fit, held), has_bias=has_bias)
+    return found.change, found.strength

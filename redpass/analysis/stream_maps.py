@@ -26,7 +26,7 @@ from redpass import rewrite
 from redpass.analysis.compared import Compared
 from redpass.analysis.linears import new_name
 from redpass.analysis.refits import match_branches
-from redpass.analysis.ridge import Sums, best_change, is_held_back
+from redpass.analysis.ridge import Sums, best_fit, fitted, is_held_back
 from redpass.analysis.structure import structure
 from redpass.analysis.tokens import Tokens
 from redpass.facts import Facts
@@ -110,20 +110,22 @@ def _fit(compared: Compared, gap: _Gap, rank: int) -> StreamMap | None:
     for number, (stream,), target in compared.batches((gap.value,), gap.target, gap.label):
         features = torch.nn.functional.pad(stream, (0, 1), value=1.0)
         sums[is_held_back(number)].add(features, target - stream, float(target.square().sum()))
-    full, strength = best_change(*sums, has_bias=True)
-    up = _directions(full, sums[0])
+    found = best_fit(sums, has_bias=True)
+    tried = fitted(sums[0], found.strength, has_bias=True)
+    up = _directions(tried, sums[0])
     ranks = [rank] if rank else sorted({max(1, round(width * share)) for share in SHARES})
-    cuts = {r: full @ up[:, :r] @ up[:, :r].T for r in ranks}
+    cuts = {r: tried @ up[:, :r] @ up[:, :r].T for r in ranks}
     before = sums[1].error(None)
     errors = {r: sums[1].error(change) for r, change in cuts.items()}
     most = before - min(errors.values())
     if most <= 0:
         return None
     best = next(r for r in ranks if before - errors[r] >= ENOUGH * most)
-    edits = _edits(compared.program, gap, full @ up[:, :best], up[:, :best])
+    up = _directions(found.change, sums[0] + sums[1])[:, :best]
+    edits = _edits(compared.program, gap, found.change @ up, up)
     action = Action("map", "here", edits, "")
     compared.move(rewrite.apply(compared.program, [action]))
-    return StreamMap(gap.label, best, edits, strength, before, errors[best])
+    return StreamMap(gap.label, best, edits, found.strength, before, errors[best])
 
 
 def _directions(change: Tensor, fit: Sums) -> Tensor:

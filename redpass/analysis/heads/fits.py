@@ -22,7 +22,7 @@ from torch import Tensor
 from redpass import rewrite
 from redpass.analysis.heads.cuts import HeadCut, Unfit, edits
 from redpass.analysis.heads.sites import HeadSite
-from redpass.analysis.ridge import Sums, best_change, is_held_back
+from redpass.analysis.ridge import Sums, best_fit, is_held_back
 from redpass.analysis.stream_statistics import total
 from redpass.analysis.tokens import Tokens
 from redpass.data import Batches
@@ -137,14 +137,14 @@ class _Work:
     def fit(self, refit: bool) -> Fit:
         """Solves for the columns."""
         fitted, held = self.sums
-        whole = _added(fitted, held)
+        whole = fitted + held
         before = whole.error(None)
         if not refit or held.size == 0.0 or not before > EXACT:
             return Fit(self.cut, before, before, self.count)
-        change, _ = best_change(fitted, held, has_bias=self.has_bias)
-        if not held.error(change) < held.error(None):
+        found = best_fit(self.sums, has_bias=self.has_bias)
+        if not found.gains:
             return Fit(self.cut, before, before, self.count)
-        return Fit(self._with(change), whole.error(change), before, self.count)
+        return Fit(self._with(found.change), whole.error(found.change), before, self.count)
 
     def _with(self, change: Tensor) -> HeadCut:
         output, site = self.cut.output, self.site
@@ -156,13 +156,6 @@ class _Work:
             return replace(self.cut, output=columns)
         bias = (offset.double() + change[width]).to(offset.dtype)
         return replace(self.cut, output=columns, output_bias=bias)
-
-
-def _added(left: Sums, right: Sums) -> Sums:
-    found = Sums(len(left.gram), left.cross.shape[1])
-    found.gram, found.cross = left.gram + right.gram, left.cross + right.cross
-    found.square, found.size = left.square + right.square, left.size + right.size
-    return found
 
 
 def check_batches(data: Batches) -> None:
