@@ -1,10 +1,13 @@
 """Kills `redpass optimize` at random moments and resumes it: same bytes, hardly anything twice.
 
-    python benchmarks/kills.py [--kills 20] [--rows 256] [--model vit] [--seed 0] [--look 0]
+    python benchmarks/kills.py [--kills 20] [--rows 256] [--model vit] [--look 0] [-- MORE]
 
-Cost is processor time of the killed and the resumed run together against one undisturbed run.
-Runs are forked from a process that has PyTorch, so its import does not count. Loading, tracing and
-planning are done twice whatever the journal holds: their share shrinks as the search grows.
+MORE are further words for `optimize`, such as `--search allocated`.
+
+Cost is processor time of the killed and the resumed run together, from the start of Python on and
+with what they start themselves, against one undisturbed run. What the journal does not hold
+(imports, planning, the values that candidates share) is done twice: its share shrinks as the search
+grows.
 
 With --look N only one run goes to its end. The journal is laid out as each kill would leave it, and
 the resumed run is stopped after N new records: all that it repeats lies before them, and what
@@ -19,8 +22,8 @@ import hashlib
 import json
 import os
 import random
-import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,21 +47,20 @@ class Done:
 
 
 def start(words: list[str], counts: Path, after: float | None = None, look: int = 0) -> Done:
-    """Runs `redpass` with `words` in a fork, and kills it `after` so many seconds.
+    """Runs `redpass` with `words`, and kills it `after` so many seconds.
 
     Args:
         look: end it after so many new records.
     """
     counts.unlink(missing_ok=True)
     began = time.monotonic()
-    child = os.fork()
-    if not child:
-        os._exit(_command(words, counts, look))
+    command = [sys.executable, __file__, "--child", str(counts), str(look), *words]
+    child = subprocess.Popen(command)
     if after is not None:
         time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    _, status, usage = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+        child.kill()
+    _, status, usage = os.wait4(child.pid, 0)
+    code = child.returncode = os.waitstatus_to_exitcode(status)
     if code > 0:
         sys.exit(f"the run failed with code {code}")
     found = json.loads(counts.read_text()) if counts.exists() else {}
@@ -71,11 +73,11 @@ def _command(words: list[str], counts: Path, look: int) -> int:
     from redpass.cli import main
 
     opened, real = [], journal.Journal.open.__func__  # type: ignore[attr-defined]
-    append, began, seen = journal._append, time.process_time(), []
+    append, seen = journal._append, []
 
     def write(path: Path, text: str) -> None:
         append(path, text)
-        seen.append((time.process_time() - began, str(path), text))
+        seen.append((time.process_time(), str(path), text))
         if look and sum('"format"' not in line for _, _, line in seen) == look:
             finish()
             os._exit(0)
@@ -120,9 +122,8 @@ def write_data(model: str, path: Path, rows: int) -> None:
 
 def records(folder: Path) -> int:
     """Whole records in the journal a killed run left, without its head."""
-    lines = [
-        line for file in folder.glob(".out.journal-*") for line in file.read_bytes().split(b"\n")
-    ]
+    files = [file for file in folder.glob(".out.journal-*") if not file.name.endswith("-traced")]
+    lines = [line for file in files for line in file.read_bytes().split(b"\n")]
     return max(0, len(lines) - 2)
 
 
@@ -135,6 +136,9 @@ def main() -> None:
     parser.add_argument("--model", default="vit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--look", type=int, default=0)
+    parser.add_argument("more", nargs="*")
+    if sys.argv[1:2] == ["--child"]:
+        sys.exit(_command(sys.argv[4:], Path(sys.argv[2]), int(sys.argv[3])))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         sweep(Path(name), options)
@@ -145,8 +149,7 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     write_data(options.model, data, options.rows)
     words = [
         "optimize", str(ROOT / "testbed/weights" / options.model), "--data", str(data),
-        "--passes", "drop_noops,drop_branches,drop_dead_nodes", "--budget", "kl<=1",
-        "--out", str(out), "--force", "--no-bench", "--quiet",
+        "--budget", "kl<=1", "--out", str(out), "--force", "--no-bench", "--quiet", *options.more,
     ]  # fmt: skip
     whole = start(words, counts)
     expected = model_files(out)
@@ -185,6 +188,9 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
 def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Namespace) -> None:
     """Resumes from journals as kills would have left them, up to what is new."""
     chance, ratios, seen = random.Random(options.seed), [], whole.counts["seen"]
+    start(words, counts, look=1)  # leaves the traced program
+    traced = next(counts.parent.glob(".out.journal-traced"))
+    program = traced.read_bytes()
     for number in range(options.kills):
         at = chance.uniform(0.02, 0.98) * whole.cpu
         kept = [(path, text) for moment, path, text in seen if moment <= at]
@@ -192,9 +198,12 @@ def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Name
             lines = [text for name, text in kept if name == path]
             sums = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in lines)
             Path(path).write_text("".join(map("{} {}\n".format, sums, lines)))
+        traced.unlink(missing_ok=True)
+        if kept:
+            traced.write_bytes(program)
         again = start([*words, "--resume"], counts, look=options.look)
-        end = len(kept) + options.look
-        rest = whole.cpu - seen[end - 1][0] if kept and end <= len(seen) else 0.0
+        end = max(len(kept), 1) + options.look
+        rest = whole.cpu - seen[end - 1][0] if end <= len(seen) else 0.0
         ratios.append((at + again.cpu + rest) / whole.cpu)
         print(
             f"{number:3d}: killed after {at:.0f} s with {len(kept)} records, {again.cpu:.1f} s to "

@@ -50,13 +50,19 @@ def check_possible(budget: Budget, original: Program, data: Data) -> None:
             refuse_short_rows(data(split).batches)
     for limit in budget.limits:
         for split in ("choosing", "reporting"):
-            find_metric(limit.metric).check(original, data(split).batches)
+            _check_metric(limit.metric, original, split, data(split))
     found = measure(budget, original, data("choosing"), "choosing")
     miss = worst_case(found, budget, 0.0)
     if miss:
         raise BudgetError(
             f"the original model itself misses the budget: {miss}", hint="loosen --budget"
         )
+
+
+def _check_metric(metric: str, original: Program, split: str, originals: Originals) -> None:
+    """Raises `DataError` where a metric cannot be measured on a split, as found before if it was."""
+    name = f"check of {metric}, {split}, {len(originals.batches)} batches"
+    originals.journal.recall(name, lambda: find_metric(metric).check(original, originals.batches))
 
 
 def judge(budget: Budget, program: Program, before: CostRecord, data: Data | None) -> Verdict:
