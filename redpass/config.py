@@ -64,6 +64,19 @@ def from_environment(environ: dict[str, str] | None = None) -> Settings:
     )
 
 
+def check_kernels(given: str | None) -> str:
+    """Returns which kernels are meant: those given, else those of `REDPASS_KERNELS`.
+
+    Raises:
+        UsageError: none of `auto`, `reference` and `triton`.
+    """
+    chosen = from_environment().kernels if given is None else given
+    if chosen not in CHOICES["kernels"]:
+        hint = nearest(chosen, CHOICES["kernels"])
+        raise UsageError(f"'{chosen}' are no kernels", place="--kernels", hint=hint)
+    return chosen
+
+
 def cache_home(environ: dict[str, str] | None = None) -> Path:
     """Returns the user's folder for what can be made again: `XDG_CACHE_HOME`, else `~/.cache`."""
     found = (os.environ if environ is None else environ).get("XDG_CACHE_HOME", "")

@@ -18,9 +18,8 @@ from redpass.codegen import ops as kernels_of
 from redpass.codegen import tuning
 from redpass.codegen.lower import LowerHotPaths
 from redpass.codegen.tune import chooser
-from redpass.config import CHOICES
+from redpass.config import check_kernels
 from redpass.engine import Engine
-from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.program import Program, copy_graph
 from redpass.progress import Listener, Silent
@@ -63,19 +62,6 @@ def lower(
     engine = Engine(program, replace(settings, limit=None), listener or Silent(), seed)
     engine.run_exact(LowerHotPaths(chosen, records))
     return Lowered(engine.program, engine.passes, engine.actions, engine.skips)
-
-
-def check_kernels(given: str | None) -> str:
-    """Returns which kernels are meant: those given, else those of `REDPASS_KERNELS`.
-
-    Raises:
-        UsageError: none of `auto`, `reference` and `triton`.
-    """
-    chosen = config.from_environment().kernels if given is None else given
-    if chosen not in CHOICES["kernels"]:
-        hint = nearest(chosen, CHOICES["kernels"])
-        raise UsageError(f"'{chosen}' are no kernels", place="--kernels", hint=hint)
-    return chosen
 
 
 def with_kernels(record: RunRecord, program: Program, kernels: str | None = None) -> RunRecord:

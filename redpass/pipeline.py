@@ -16,13 +16,13 @@ from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
 from redpass.budget.preflight import chosen_passes, grouped, preflight
 from redpass.budget.repair import is_repair, repair
-from redpass.budget.search import METHODS, Search
-from redpass.budget.spec import Budget, parse_budget
+from redpass.budget.search import Search
+from redpass.budget.spec import Budget, check_method, parse_budget
 from redpass.budget.verdict import Verdict, check_possible, guilty, judge
 from redpass.config import Settings
 from redpass.data import Batches, Splits
 from redpass.engine import Engine
-from redpass.errors import BudgetError, PassError, UsageError, nearest
+from redpass.errors import BudgetError, PassError
 from redpass.facts import Facts
 from redpass.journal import Journal, kept_until_done
 from redpass.passes.spec import format_passes
@@ -104,10 +104,7 @@ def optimize(
         PassError: a pass failed inside; names the reproducer.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
-    if search not in METHODS:
-        raise UsageError(
-            f"unknown search '{search}'", place="--search", hint=nearest(search, METHODS)
-        )
+    check_method(search)
     chosen = chosen_passes(passes, reduce, budget)
     preflight(chosen, budget, data)
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())

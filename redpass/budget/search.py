@@ -31,8 +31,6 @@ from redpass.progress import track
 from redpass.record import CostRecord, Curve
 from redpass.verify.originals import Originals
 
-METHODS = ("greedy", "allocated", "one-shot")
-
 HOPELESS = 3.0
 """A candidate that misses a limit by this many standard errors on a few batches is not measured
 on the rest."""
@@ -47,7 +45,7 @@ class Search:
         screening: the original's outputs on a few calibration batches.
         first: its outputs on a few choosing batches, where hopeless candidates stop.
         choosing: its outputs on all the data that decide.
-        method: one of `METHODS`.
+        method: one of `spec.METHODS`.
         only_faster: whether cuts of width that make the model no faster are given back.
     """
 

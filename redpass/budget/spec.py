@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 from redpass.errors import UsageError, nearest
 from redpass.record import CostRecord, QualityRecord
-from redpass.verify.metrics import METRICS, find_metric
+from redpass.verify.directions import BETTER
 
 COSTS = ("parameters", "flops", "bytes", "kv_bytes_per_token")
 CONFIDENCE = 1.645 * math.sqrt(2)
 """The margin a choice must keep, in standard errors: the one-sided 95% quantile of the normal
 distribution, for the difference of two samples, as the reporting data err as much as the choosing
 data do."""
+
+METHODS = ("greedy", "allocated", "one-shot")
+"""How candidates are chosen; see `search`."""
 
 _BOUND = re.compile(r"^\s*([\w.:]+)\s*(<=|>=)\s*([+-]?)(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)(%?)\s*$")
 
@@ -116,6 +119,13 @@ def parse_budget(text: str) -> Budget:
     return Budget(tuple(limits), tuple(goals))
 
 
+def check_method(name: str) -> None:
+    """Raises `UsageError` for a way of choosing that is not one of `METHODS`."""
+    if name not in METHODS:
+        hint = nearest(name, METHODS)
+        raise UsageError(f"unknown search '{name}'", place="--search", hint=hint)
+
+
 def _bound(part: str, groups: tuple[str, ...]) -> Limit | Goal:
     name, relation, sign, digits, percent = groups
     relative = bool(percent)
@@ -124,13 +134,22 @@ def _bound(part: str, groups: tuple[str, ...]) -> Limit | Goal:
         raise UsageError(f"'{part}': write the sign, e.g. +1% or -20%", place="--budget")
     if name in COSTS:
         return _goal(part, name, relation, value, relative)
-    if name not in METRICS and ":" not in name and "." not in name:
-        hint = nearest(name, [*METRICS, *COSTS])
+    if name not in BETTER and ":" not in name and "." not in name:
+        hint = nearest(name, [*BETTER, *COSTS])
         raise UsageError(f"unknown metric '{name}'", place="--budget", hint=hint)
-    wanted = ">=" if find_metric(name).better == "higher" else "<="
+    wanted = ">=" if _better(name) == "higher" else "<="
     if relation != wanted:
         raise UsageError(f"'{part}': {name} is bounded with {wanted}", place="--budget")
     return Limit(name, relation, value, relative)
+
+
+def _better(name: str) -> str:
+    """Which way a metric is better; only one of the user's own takes PyTorch to tell."""
+    if name in BETTER:
+        return BETTER[name]
+    from redpass.verify.metrics import find_metric
+
+    return find_metric(name).better
 
 
 def _goal(part: str, name: str, relation: str, value: float, relative: bool) -> Goal:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from redpass.artifact import journal_of
+from redpass.budget.spec import Budget as Parsed
+from redpass.budget.spec import check_method, parse_budget
+from redpass.checks.requests import check_passes
 from redpass.cli import sources
 from redpass.cli.options import (
     Budget,
@@ -24,6 +27,7 @@ from redpass.cli.options import (
     RunOptions,
 )
 from redpass.cli.screen import Screen
+from redpass.config import check_kernels
 from redpass.errors import BudgetError, UsageError
 from redpass.journal import cleared_when_done, traced_of
 from redpass.progress import Listener
@@ -142,15 +146,13 @@ class Job:
         Args:
             limit: apply only the first actions; in place of `REDPASS_LIMIT`.
         """
+        budget = self._checked_words()  # told before PyTorch is imported
         from redpass import data as data_module
         from redpass import pipeline
-        from redpass.budget.spec import parse_budget
-        from redpass.lowering import check_kernels, with_kernels
+        from redpass.lowering import with_kernels
         from redpass.passes.spec import parse_passes
 
-        check_kernels(self.kernels)
         sources.prepare(self.options)
-        budget = parse_budget(self.budget)  # a typing mistake is told before the model is loaded
         chosen = None if self.passes is None else parse_passes(self.passes)
         self.program = sources.load(
             self.model,
@@ -178,6 +180,14 @@ class Job:
             reduce=self.reduce,
         )
         return replace(found, record=with_kernels(found.record, found.program, self.kernels))
+
+    def _checked_words(self) -> Parsed:
+        """Returns the budget. Raises `UsageError` for any word that is not known."""
+        check_kernels(self.kernels)
+        check_method(self.search)
+        check_passes(self.passes or "")
+        check_passes(self.reduce or "", "--reduce")
+        return parse_budget(self.budget)
 
     def plan(self, screen: Screen) -> RunRecord:
         """Does everything but apply; the record holds what could be done as `planned`."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from redpass.errors import UsageError, nearest
+from redpass.checks.requests import Call, check_call, parse_calls
+from redpass.errors import UsageError
 from redpass.passes import PASSES
 from redpass.plan import Pass
 
@@ -21,14 +22,11 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     Raises:
         UsageError: not a list of specs, or an unknown pass or option (nearest match named).
     """
-    try:
-        items = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
-    except SyntaxError as error:
-        hint = "write e.g. 'drop_noops,drop_branches(min_similarity=0.9)'"
-        raise UsageError(
-            f"'{text}' is not a list of passes", place="--passes", hint=hint
-        ) from error
-    return tuple(_parse(item) for item in items)
+    known = {name: [option.name for option in _options(kind)] for name, kind in PASSES.items()}
+    calls = parse_calls(text)
+    for call in calls:
+        check_call(call, known)
+    return tuple(map(_build, calls))
 
 
 def format_pass(pass_: Pass) -> str:
@@ -46,21 +44,10 @@ def format_passes(passes: Sequence[Pass]) -> str:
     return ",".join(map(format_pass, passes))
 
 
-def _parse(item: ast.expr) -> Pass:
-    call = item if isinstance(item, ast.Call) else ast.Call(item, [], [])
-    name = ast.unparse(call.func)
-    if name not in PASSES:
-        raise UsageError(f"unknown pass '{name}'", place="--passes", hint=nearest(name, PASSES))
-    kind = PASSES[name]
+def _build(call: Call) -> Pass:
+    kind = PASSES[call.name]
     known = {option.name: option for option in _options(kind)}
-    given: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg not in known:
-            hint = nearest(str(keyword.arg), known) if known else f"{name} has no options"
-            raise UsageError(f"unknown option '{keyword.arg}'", place=name, hint=hint)
-        given[keyword.arg] = _literal(keyword.value, known[keyword.arg], name)
-    if call.args:
-        raise UsageError("options are given by name", place=name, hint=f"{name}(option=value)")
+    given = {name: _literal(value, known[name], call.name) for name, value in call.options.items()}
     return kind(**given)
 
 
