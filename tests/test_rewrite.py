@@ -241,3 +241,21 @@ def test_a_node_inserted_while_sizes_change_gets_its_value_at_the_end(cached):
     )
     check_rules(after, paranoid=True)
     assert after.nodes["turned"].meta["val"].shape[2] == 1
+
+
+class Flattened(nn.Module):
+    """A view that holds for the order in memory that is there, and for no other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 1, 2).relu().permute(0, 1, 2).view(-1, 64) + 1
+
+
+def test_a_view_of_values_that_now_lie_in_another_order_copies():
+    program = redpass.load(
+        Flattened(), example={"x": torch.randn(2, 8, 8)}, inputs=["x:float32[batch,8,8]"]
+    )
+    moved = next(n for n in program.graph.nodes if "permute" in n.name and "relu" in str(n.args))
+    after = rewrite.apply(program, [act(SetCall(moved.name, (Ref(moved.args[0].name), [0, 2, 1])))])
+    check_rules(after, paranoid=True)
+    x = torch.randn(3, 8, 8)
+    torch.testing.assert_close(after(x)[0], x.mT.relu().reshape(-1, 64) + 1)
