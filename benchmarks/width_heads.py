@@ -35,7 +35,7 @@ from redpass.analysis.heads.contributions import head_contributions, magnitudes
 from redpass.analysis.heads.cuts import edits
 from redpass.analysis.heads.fits import HeadFits
 from redpass.analysis.heads.ladders import Offer, cluster_offer, counts_of, prune_offers
-from redpass.analysis.heads.similarity import head_similarity, stand_in_costs
+from redpass.analysis.heads.similarity import head_similarity
 from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.data import Batches
 from redpass.facts import Facts
@@ -61,7 +61,7 @@ class Task:
         """Returns the cut of one layer, and how many heads it leaves."""
         count = counts_of(site.heads, [share])[0]
         if method.startswith("clusters"):
-            costs = stand_in_costs(site, self.facts.get(head_similarity)[site.label])
+            costs = self.facts.get(head_similarity)[site.label].distances
             found = clusters(costs, count, site.groups)
             if method.endswith("random"):
                 found = random_clusters(found, costs, 1000 * self.seed + site.branch.layer)

@@ -14,7 +14,7 @@ from redpass.analysis import cost, structure
 from redpass.analysis.heads.fits import HeadFits
 from redpass.analysis.heads.ladders import Offers, cluster_offers
 from redpass.analysis.heads.layouts import LAYOUTS
-from redpass.analysis.heads.similarity import head_similarity, is_measurable, stand_in_costs
+from redpass.analysis.heads.similarity import head_similarity, is_measurable
 from redpass.analysis.heads.sites import HeadSite, head_sites
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
@@ -70,7 +70,7 @@ class ClusterHeads:
         def offer(site: HeadSite, counts: tuple[int, ...], _: HeadFits) -> Offers:
             if not is_measurable(site):
                 return dict.fromkeys(counts or (1,), "the scale of its scores is no constant")
-            costs = stand_in_costs(site, facts.get(head_similarity)[site.label])
+            costs = facts.get(head_similarity)[site.label].distances
             return cluster_offers(site, costs, self.shares, counts, self.layout)
 
         return ladders(RULE, facts, self.shares, self.only, refit=self.refit, offer=offer)

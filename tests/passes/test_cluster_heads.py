@@ -197,6 +197,13 @@ def test_probabilities_are_those_of_the_core() -> None:
         flat = centred.transpose(0, 1).flatten(1)
         assert torch.allclose(torch.tensor(found.gram).double(), flat @ flat.T, atol=1e-4)
         assert found.rows == 4 * 9
+        v = (x @ weights["v"].T + weights["vb"]).unflatten(-1, (4, DIM)).transpose(1, 2)
+        columns = weights["o"].unflatten(-1, (4, DIM))
+        given = torch.einsum("bgst,bhtd,ohd->bghso", rows.float(), v, columns).double()
+        own = given.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+        off = (given - own[:, None]).square().sum((0, 3, 4)).T
+        usual = own.square().sum((0, 2, 3)).mean()
+        assert torch.allclose(found.distances, off / usual, rtol=1e-3, atol=1e-6)
 
 
 def test_clusters_by_hand() -> None:

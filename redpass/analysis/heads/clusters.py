@@ -2,7 +2,7 @@
 
 Hierarchical clustering with average linkage (`scipy.cluster.hierarchy`). What it costs when one
 head's probabilities stand for another's is a matrix of its own: `1 - correlation` as in CHAI, or
-`similarity.stand_in_costs`, which also knows how much each head matters. The error of a clustering
+`head_similarity`'s costs, which also know how much each head matters. The error of a clustering
 is the sum over heads of the cost of their representative; its curve over the number of clusters has
 an elbow, which CHAI takes for every layer. Here that is one rung of the ladder among others: a
 budget decides how many clusters a layer gets.

@@ -9,6 +9,12 @@ is spelled out), a few rows at a time, and of each row, over the keys that it ma
 so what is kept is one `[heads, heads]` matrix a layer, whatever the data. Its correlations are the
 signal of CHAI (Agarwal et al. 2024, arXiv:2403.08058), which looked at the first five tokens of
 each request instead. Rows that see a single key tell nothing and drop out by themselves.
+
+Probabilities that differ need not matter: on tokens whose values are small (attention sinks), or
+in a head that the output projection hardly reads. So what it would cost that one head's
+probabilities stand for another's is measured as well, on up to `SAMPLED` queries of a sequence,
+
+    C[h, g] = E || (P_h - P_g) V_h W_o,h ||^2.
 """
 
 from __future__ import annotations
@@ -32,6 +38,10 @@ from redpass.verify.inputs import complete
 PIECE = 1 << 22
 """Probabilities that are held at once."""
 
+SAMPLED = 256
+"""Queries of a sequence, evenly spread, that the costs are measured on: each takes one product
+with the values for each pair of heads."""
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -40,10 +50,13 @@ class Similarity:
     Attributes:
         gram: `G`, `[heads, heads]`, float64 as nested tuples.
         rows: how many queries were looked at.
+        costs: `C`, `[heads, heads]`: of letting the column's head stand for the row's, in units of
+            what a usual head gives, so that 1 is much and 0 is equal.
     """
 
     gram: tuple[tuple[float, ...], ...]
     rows: int
+    costs: tuple[tuple[float, ...], ...]
 
     @property
     def correlations(self) -> Tensor:
@@ -53,27 +66,10 @@ class Similarity:
         found = gram / torch.outer(size, size).clamp_min(1e-30)
         return found.clamp(-1, 1).fill_diagonal_(1.0)
 
-
-def stand_in_costs(site: HeadSite, found: Similarity) -> Tensor:
-    """Returns what it costs when the column's head gives the row's probabilities, `[heads, heads]`.
-
-    `E |P_h - P_g|^2 * |W_o,h W_v,h|_F^2`: the squared error of the probabilities, by how much the
-    head makes of them; in units of what a usual head gives, so that 1 is much and 0 is equal.
-    Correlation alone puts a head that matters together with one that does not.
-    """
-    gram = torch.tensor(found.gram, dtype=torch.float64) / found.rows
-    size = gram.diagonal()
-    far = (size[:, None] + size - 2 * gram).clamp_min(0)
-    side = site.sides["value"]
-    outputs, values = site.output_weight().double(), side.weight(site.program).double()
-    gains = torch.stack(
-        [
-            (outputs[:, head] @ values[side.of_head[head]]).square().sum()
-            for head in range(site.heads)
-        ]
-    )
-    usual = (gains * size).mean().clamp_min(1e-30)
-    return (gains[:, None] * far / usual).fill_diagonal_(0)
+    @property
+    def distances(self) -> Tensor:
+        """The costs as a matrix, float64."""
+        return torch.tensor(self.costs, dtype=torch.float64)
 
 
 def head_similarity(program: Program, facts: Facts) -> Mapping[str, Similarity]:
@@ -86,7 +82,9 @@ def head_similarity(program: Program, facts: Facts) -> Mapping[str, Similarity]:
     sites = facts.get(head_sites).found
     found = facts.recall("head similarity", lambda: _measure(program, facts, sites))
     return {
-        label: Similarity(tuple(map(tuple, item["gram"])), item["rows"])
+        label: Similarity(
+            tuple(map(tuple, item["gram"])), item["rows"], tuple(map(tuple, item["costs"]))
+        )
         for label, item in found.items()
     }
 
@@ -101,7 +99,7 @@ def _measure(
     if not all(run.rows.values()):
         text = "every token is padding"
         raise DataError(text, file=data.source, hint="give rows that hold text")
-    return {label: {"gram": run.grams[label].tolist(), "rows": run.rows[label]} for label in sites}
+    return {label: run.figures(label) for label in sites}
 
 
 class _Run:
@@ -113,11 +111,20 @@ class _Run:
             for label, site in sites.items()
         }
         self.rows = dict.fromkeys(sites, 0)
+        self.costs = {label: torch.zeros_like(gram) for label, gram in self.grams.items()}
+        self.sizes = dict.fromkeys(sites, 0.0)
+        self.readers = {label: _readers(site) for label, site in sites.items()}
         self.needed = {
             node.name
             for site in sites.values()
-            for node in (site.core.query, site.core.key, *site.core.masks)
+            for node in (site.core.query, site.core.key, site.core.value, *site.core.masks)
         }
+
+    def figures(self, label: str) -> dict[str, Any]:
+        """Returns what was measured at one attention."""
+        costs = self.costs[label] / max(self.sizes[label] / len(self.costs[label]), 1e-30)
+        gram = self.grams[label].tolist()
+        return {"gram": gram, "rows": self.rows[label], "costs": costs.tolist()}
 
     def add(self, inputs: Mapping[str, Tensor]) -> None:
         """Runs one batch."""
@@ -140,10 +147,12 @@ class _Run:
         self, site: HeadSite, value: Any, seen: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> None:
         pairs = _operands(site, value, seen)
+        values = _values(site, seen[site.core.value.name], len(pairs[0])) @ self.readers[site.label]
         kept = self._kept(site, pairs[0].shape[0], pairs[0].shape[2], inputs)
         for number in range(len(kept)):
             places = kept[number].nonzero().flatten()
             step = max(1, PIECE // (site.heads * pairs[1].shape[2]))
+            every = max(1, len(places) // SAMPLED)
             for start in range(0, len(places), step):
                 rows = places[start : start + step]
                 found = _probabilities(site.core, pairs, number, rows).double()
@@ -154,6 +163,14 @@ class _Run:
                 flat = found.flatten(1)
                 self.grams[site.label] += flat @ flat.T - (1.0 / counts).sum()
                 self.rows[site.label] += len(rows)
+                self._add_costs(site.label, found[:, ::every].float(), values[number])
+
+    def _add_costs(self, label: str, found: Tensor, values: Tensor) -> None:
+        """Adds queries: probabilities `[heads, rows, keys]`, `V_h W_o,h` `[heads, keys, width]`."""
+        for head, value in enumerate(values):
+            given = (found.flatten(0, 1) @ value).unflatten(0, found.shape[:2]).double()
+            self.costs[label][head] += (given - given[head]).square().sum((1, 2))
+            self.sizes[label] += float(given[head].square().sum())
 
     def _kept(
         self, site: HeadSite, batch: int, length: int, inputs: Mapping[str, Tensor]
@@ -180,6 +197,19 @@ def _operands(site: HeadSite, value: Any, seen: Mapping[str, Tensor]) -> Operand
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     return query, key, seen[core.masks[0].name] if core.masks else None
+
+
+def _values(site: HeadSite, value: Tensor, batch: int) -> Tensor:
+    """What each head sums up, `[batch, heads, keys, width]`, float32."""
+    found = value.reshape(batch, -1, *value.shape[-2:]).float()
+    return found.repeat_interleave(site.heads // found.shape[1], 1)
+
+
+def _readers(site: HeadSite) -> Tensor:
+    """`R_h` with `|| v R_h || = || v W_o,h ||`, `[heads, width, width]`, float32."""
+    columns = site.output_weight().double().movedim(1, 0)
+    triangle: Tensor = torch.linalg.qr(columns, mode="r").R
+    return triangle.mT.float()
 
 
 def _lead(value: Tensor) -> Tensor:
