@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from redpass.checks import archive
+from redpass.checks.pickled_tensors import Player
 from redpass.errors import LoadError
 
 AGAIN = "save it again with torch.save"
@@ -84,16 +85,33 @@ def _names(path: Path, members: Iterable[zipfile.ZipInfo]) -> list[str]:
         raise LoadError(found, file=path, place=place, hint=AGAIN)
     with zipfile.ZipFile(path) as opened:
         data = opened.read(inside[0])
+    player = Player()
     try:
-        return list(dict.fromkeys(_imports(data, path, place)))
+        names = list(dict.fromkeys(_imports(data, player, path, place)))
     except LoadError:
         raise
     except Exception as error:  # pickletools fails in many ways on what is no pickle
         found = f"a damaged pickle: {error}"
         raise LoadError(found, file=path, place=place, hint=archive.FETCH) from error
+    _check_storages(player, place.rpartition("/")[0], members, path)
+    return names
 
 
-def _imports(data: bytes, path: Path, place: str) -> Iterable[str]:
+def _check_storages(
+    player: Player, home: str, members: Iterable[zipfile.ZipInfo], path: Path
+) -> None:
+    """Refuses a file that lacks bytes of a tensor."""
+    sizes = {member.filename: member.file_size for member in members}
+    for key, wanted in player.storages.items():
+        name = f"{home}/data/{key}"
+        if name not in sizes:
+            raise LoadError("a tensor's bytes are missing", file=path, place=name, hint=AGAIN)
+        if sizes[name] < wanted:
+            found = f"a tensor's bytes are {sizes[name]}, its storage takes {wanted}"
+            raise LoadError(found, file=path, place=name, hint=AGAIN)
+
+
+def _imports(data: bytes, player: Player, path: Path, place: str) -> Iterable[str]:
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if number > MAX_STEPS:
             found = f"a pickle of more than {MAX_STEPS} instructions"
@@ -108,6 +126,7 @@ def _imports(data: bytes, path: Path, place: str) -> Iterable[str]:
                 hint="save it again with torch.save(model, path) and its own pickle_protocol, "
                 "2; or, for a file you made yourself, --trust-file",
             )
+        player.play(opcode, argument)
 
 
 def _modern(module: str, name: str) -> str:

@@ -167,6 +167,8 @@ def _check_payloads(config: Any, place: str, sizes: Mapping[str, int], path: Pat
             member, pickled = f"{folder}/{entry['path_name']}", entry["use_pickle"]
             wanted = _bytes(entry["tensor_meta"])
             width = _WIDTHS[entry["tensor_meta"]["dtype"]]
+            if not pt2_model.is_device(entry["tensor_meta"]["device"]):
+                raise ValueError(f"no device: {entry['tensor_meta']['device']}")
         except (KeyError, TypeError, ValueError) as error:
             found = f"a bad entry: {error!r}"
             raise LoadError(found, file=path, place=name, hint=AGAIN) from error

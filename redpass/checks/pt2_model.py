@@ -31,6 +31,14 @@ SIZE_TARGETS = frozenset(
 )  # fmt: skip
 """Pure functions on sizes, as a file names them: those of `redpass.ops`, without its imports."""
 
+DEVICES = frozenset(
+    {
+        "cpu", "cuda", "ipu", "xpu", "mkldnn", "opengl", "opencl", "ideep", "hip", "ve", "fpga",
+        "maia", "xla", "lazy", "vulkan", "mps", "meta", "hpu", "mtia", "privateuseone",
+    }
+)  # fmt: skip
+"""The kinds of device that PyTorch has names for (c10/core/DeviceType.h)."""
+
 _REGIONS = frozenset(
     f"torch.ops.higher_order.{name}"
     for name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -108,6 +116,7 @@ class _Checker:
 
     def entry(self, holder: dict[str, Any], key: str) -> None:
         value = holder[key]
+        self.device(value)
         if key == "target" and isinstance(value, str):
             if not is_known_target(value):
                 raise self.refuse(f"the operator '{value}' is not allowed")
@@ -124,6 +133,11 @@ class _Checker:
         elif key == "range_constraints" and isinstance(value, dict):
             for name in value:
                 self.expression(name)
+
+    def device(self, value: Any) -> None:
+        # By its form, not its key: a tensor may be called `device`.
+        if isinstance(value, dict) and value.keys() == {"type", "index"} and not is_device(value):
+            raise self.refuse(f"no device: {value}")
 
     def expression(self, text: Any) -> None:
         if not is_safe_expression(text):
@@ -149,6 +163,14 @@ def is_known_target(target: str) -> bool:
     if _OP.fullmatch(target):
         return not target.startswith(_FILE_OPS)
     return target in _REGIONS or target in SIZE_TARGETS
+
+
+def is_device(value: Any) -> bool:
+    """Whether `value` names a device that PyTorch has a name for, and at most its number."""
+    if not isinstance(value, dict) or value.get("type") not in DEVICES:
+        return False
+    index = value.get("index")
+    return index is None or (type(index) is int and 0 <= index < 128)
 
 
 def is_safe_expression(text: Any) -> bool:

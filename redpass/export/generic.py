@@ -13,9 +13,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from redpass.errors import ExportError
+from redpass.errors import ExportError, clean
 from redpass.export.pt2 import exported_program
 from redpass.program import Program
+
+LONGEST = 160
+"""Characters of what torch's exporter says; `--debug` shows all of it."""
 
 
 def translate_generic(program: Program, opset: int, reason: str) -> ir.Model:
@@ -51,11 +54,11 @@ def translate_generic(program: Program, opset: int, reason: str) -> ir.Model:
 
 
 def _root(error: BaseException) -> str:
-    """Returns the first line of what began it, without the colours of a terminal."""
+    """Returns the first line of what began it, cut, without the colours of a terminal."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return (text.splitlines() or [type(error).__name__])[0]
+    return clean((text.splitlines() or [type(error).__name__])[0], LONGEST)
 
 
 @contextlib.contextmanager

@@ -197,6 +197,17 @@ def _changed(good: Good, folder: Path) -> Path:
     return folder / "model.pt2"
 
 
+def _lacking(good: Good, folder: Path) -> Path:
+    def change(name: str, data: bytes) -> bytes | None:
+        return None if name == "data/0" else data
+
+    return rezip(good.pt, folder / "model.pt", change)
+
+
+def _short(good: Good, folder: Path) -> Path:
+    return rezip(good.pt, folder / "model.pt", lambda n, d: d[:4] if n == "data/0" else d)
+
+
 def _steps(_: Good, folder: Path) -> Path:
     with zipfile.ZipFile(folder / "model.pt", "w") as archive:
         archive.writestr("m/data.pkl", b"N0" * (16 << 20) + b".")
@@ -319,6 +330,15 @@ def _rename_weight(model: Any) -> None:
     next(spec["parameter"] for spec in specs if "parameter" in spec)["parameter_name"] = "lost"
 
 
+def _device(model: Any, kind: str, index: object = None) -> None:
+    device = _graph(model)["tensor_values"]["input"]["device"]
+    device.update(type=kind, index=index)
+
+
+def _weights_device(entry: Any) -> None:
+    entry["tensor_meta"]["device"]["type"] = "abacus"
+
+
 def _json(text: bytes) -> Callable[[Good, Path], Path]:
     return _pt2(lambda _: (lambda n, d: text if n.startswith("models/") else d, {}))
 
@@ -345,6 +365,8 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "pt: name twice": (_names("good/x", "good/X"), "occurs twice"),
     "pt: name goes up": (_names("good/../../x"), "leaves the archive"),
     "pt: absolute name": (_names("/etc/x"), "leaves the archive"),
+    "pt: a storage is missing": (_lacking, "data/0"),
+    "pt: a storage is short": (_short, "data/0"),
     "pt2: zip bomb": (_bomb, "claims 536870912"),
     "pt2: pickled weight": (
         _pt2(lambda _: (_weights(lambda e: e.update(use_pickle=True)), {})), "pickled or foreign"
@@ -394,6 +416,13 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
         _pt2(lambda _: (lambda n, d: b"9" if n == "archive_version" else d, {})),
         "no version of this format",
     ),
+    "pt2: no such device": (
+        _pt2(lambda _: (_model(lambda m: _device(m, "abacus")), {})), "no device: .*abacus"
+    ),
+    "pt2: a device's number": (
+        _pt2(lambda _: (_model(lambda m: _device(m, "cpu", "0")), {})), "no device: .*cpu"
+    ),
+    "pt2: a weight's device": (_pt2(lambda _: (_weights(_weights_device), {})), "no device"),
     "pt2: no list of weights": (
         _pt2(lambda _: (lambda n, d: None if n.endswith("weights_config.json") else d, {})),
         "a member is missing",
@@ -453,12 +482,7 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
 """What it is -> (what makes it, words of the reason)."""
 
 
-def _device(model: Any) -> None:
-    _graph(model)["tensor_values"]["input"]["device"]["type"] = "abacus"
-
-
 LATE: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
-    "pt2: no such device": (_pt2(lambda _: (_model(_device), {})), "torch.export.load refuses"),
     "hf: weights of another size": (_config(intermediate_size=24), "intermediate.dense"),
     "hf: weights that are missing": (_config(num_hidden_layers=3), "encoder.layer.2"),
 }
