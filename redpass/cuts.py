@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from redpass.errors import PassError
-from redpass.plan import Narrow
+from redpass.plan import Multiply, Narrow
 
 
 class Cuts:
@@ -19,6 +19,7 @@ class Cuts:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights
         self._left: dict[tuple[str, int], Tensor] = {}
+        self._turned: set[tuple[str, int]] = set()
 
     def do(self, edit: Narrow) -> tuple[str, ...]:
         """Does one cut. Returns the names of the weights it changed.
@@ -31,6 +32,8 @@ class Cuts:
                 raise PassError("an edit names a weight that does not exist", place=name)
         weight = self.weights[edit.weight].movedim(edit.axis, 0)
         key = edit.weight, edit.axis % weight.dim()
+        if key in self._turned:
+            raise PassError("another action turned the axis that a cut is about", place=edit.weight)
         left = self._left.get(key, torch.arange(len(weight)))
         gone = _places(left, edit.gone, edit.weight)
         keep = torch.ones(len(left), dtype=torch.bool)
@@ -41,6 +44,29 @@ class Cuts:
             weight = _spread(weight, gone, _places(left, edit.kept, edit.weight), edit.spread)
         self.weights[edit.weight] = weight[keep].movedim(0, edit.axis).contiguous()
         self._left[key] = left[keep]
+        return (edit.weight, edit.bias) if edit.bias else (edit.weight,)
+
+    def multiply(self, edit: Multiply) -> tuple[str, ...]:
+        """Multiplies one axis of a weight. Returns the names of the weights it changed.
+
+        Raises:
+            PassError: no such weight, or its axis is not as long as it was any more.
+        """
+        for name in (edit.weight, edit.bias):
+            if name and name not in self.weights:
+                raise PassError("an edit names a weight that does not exist", place=name)
+        old = self.weights[edit.weight]
+        key = edit.weight, edit.axis % old.dim()
+        weight = old.movedim(edit.axis, -1).double()
+        if weight.shape[-1] != len(edit.matrix) or key in self._turned or key in self._left:
+            raise PassError("another action changed the axis that a turn is about", place=key[0])
+        self._turned.add(key)
+        if edit.bias and edit.shift is not None:
+            bias = self.weights[edit.bias]
+            self.weights[edit.bias] = (bias.double() + weight @ edit.shift).to(bias.dtype)
+        scaled = weight if edit.scale is None else weight * edit.scale
+        turned = (scaled @ edit.matrix).movedim(-1, edit.axis)
+        self.weights[edit.weight] = turned.to(old.dtype).contiguous()
         return (edit.weight, edit.bias) if edit.bias else (edit.weight,)
 
 

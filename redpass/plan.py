@@ -126,6 +126,29 @@ class Narrow:
 
 
 @dataclass(frozen=True)
+class Multiply:
+    """Multiplies one axis of a weight by a matrix, for all its readers; the weight keeps its name.
+
+    Cuts of other axes by other actions compose with it, in any order.
+
+    Attributes:
+        weight: its name.
+        axis: the axis, of `size` before and `new` after.
+        matrix: `[size, new]`, float64.
+        scale: `[size]`, what the slices are multiplied by first; None for nothing.
+        bias: weight to which `weight` as it was, times `shift`, is added; "" for none.
+        shift: `[size]`.
+    """
+
+    weight: str
+    axis: int
+    matrix: Tensor
+    scale: Tensor | None = None
+    bias: str = ""
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DropState:
     """Removes a state pair (a layer's cache entry) from the inputs and outputs."""
 
@@ -183,6 +206,7 @@ Edit = (
     | SetCall
     | SetWeight
     | Narrow
+    | Multiply
     | DropState
     | ResizeState
     | DropTerm

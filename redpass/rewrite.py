@@ -25,6 +25,7 @@ from redpass.plan import (
     Erase,
     Insert,
     Literal,
+    Multiply,
     Narrow,
     Ref,
     Replace,
@@ -184,8 +185,17 @@ class _Draft:
         self.weights[edit.name] = edit.value.detach()
 
     def _Narrow(self, edit: Narrow) -> None:
-        for name in self.cuts.do(edit):
+        self._changed(self.cuts.do(edit))
+
+    def _Multiply(self, edit: Multiply) -> None:
+        self._changed(self.cuts.multiply(edit))
+
+    def _changed(self, names: tuple[str, ...]) -> None:
+        """Gives weights that were cut their fake values."""
+        for name in names:
             node = self.readers[name]
+            if not node.users:
+                raise PassError("another action put a weight in place of one it cuts", place=name)
             node.meta = {**node.meta, "val": fake_tensor(self.mode, self.weights[name])}
             self.sizes.changed.add(node)
 

@@ -102,6 +102,39 @@ class BlockGram:
 
 
 @dataclass(frozen=True)
+class NormedGram:
+    """Second and first moments of what a norm without gain makes of a value.
+
+    With `u = (x - mean(x)) / sqrt(var(x) + eps)`, or without the mean, `[U 1]ᵀ [U 1]`: shape
+    `[width + 1, width + 1]`.
+    """
+
+    value: str
+    is_centred: bool
+    eps: float
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The one value."""
+        return (self.value,)
+
+    def shape(self, widths: Widths) -> tuple[int, ...]:
+        """`[width + 1, width + 1]`."""
+        size = widths[self.value] + 1
+        return size, size
+
+    def measure(self, rows: Rows) -> Tensor:
+        """The products of a stretch."""
+        x = rows[self.value].double()
+        if self.is_centred:
+            x = x - x.mean(-1, keepdim=True)
+        unit = x * (x.square().mean(-1, keepdim=True) + self.eps).clamp_min(1e-300).rsqrt()
+        unit = torch.nn.functional.pad(unit, (0, 1), value=1.0)
+        found: Tensor = unit.T @ unit
+        return found
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Cosines and angles between all pairs of values of one width: shape `[2, n, n]`.
 

@@ -34,6 +34,7 @@ from redpass.passes.share_layers import ShareLayers
 from redpass.passes.share_repeated_heads import ShareRepeatedHeads
 from redpass.passes.shorten_chains import ShortenChains
 from redpass.passes.shrink_heads import ShrinkHeads
+from redpass.passes.slice_stream import SliceStream
 from redpass.passes.tie_equal_weights import TieEqualWeights
 from redpass.plan import Pass
 
@@ -67,6 +68,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     MergeKeyValueHeads,
     CacheLatents,
     DropKeyChannels,
+    SliceStream,
     RefitProjections,
 )
 """Approximate: they run when asked for by name."""

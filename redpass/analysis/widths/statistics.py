@@ -74,7 +74,7 @@ def views(
         observers = [o for _, width in group for o in _observers(width, totals)]
         sums = [
             None if part is None else collect(program, observers, part, labels=labels)
-            for part in _parts(data)
+            for part in fitted_and_held(data)
         ]
         for label, width in group:
             yield label, width, _views(program, width, sums, totals)
@@ -93,8 +93,8 @@ def why_not_measured(program: Program, width: Width) -> str:
     return ""
 
 
-def _parts(data: Batches) -> tuple[Batches, Batches | None]:
-    """The batches that are fitted on, and those that are held back where there are several."""
+def fitted_and_held(data: Batches) -> tuple[Batches, Batches | None]:
+    """Returns the batches that are fitted on, and those held back; None where there is one."""
     if len(data) < 2:
         return data, None
     held = [n for n in range(len(data)) if n % HELD_BACK == HELD_BACK - 1 or n == 1]

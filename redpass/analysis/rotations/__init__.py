@@ -1,0 +1,1 @@
+"""Residual streams in other coordinates: where they stand, which directions matter, the edits."""
