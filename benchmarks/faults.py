@@ -48,7 +48,10 @@ def writers(folder: Path) -> dict[str, Write]:
     import redpass
     from redpass import export, pipeline
     from redpass.artifact import staged, staged_file
+    from redpass.codegen.emit import emit
+    from redpass.codegen.folder import write_kernels
     from redpass.export import huggingface, onnx, pt2
+    from redpass.frontend import kept
     from redpass.journal import Journal
     from redpass.report import write_report
 
@@ -60,6 +63,7 @@ def writers(folder: Path) -> dict[str, Write]:
     BertModel(config).save_pretrained(folder / "bert")
     program = redpass.load(folder / "bert")
     record = pipeline.optimize(program, "drop_noops,drop_dead_nodes").record
+    kernels = emit(program)
     for module in (huggingface, onnx, pt2):
         module.check_outputs = lambda *_, **__: None  # type: ignore[attr-defined]
     torch.export.load = lambda _: types.SimpleNamespace(module=lambda: None)  # type: ignore
@@ -93,18 +97,22 @@ def writers(folder: Path) -> dict[str, Write]:
         "report, plan": whole(lambda p: write_report(record, p)),
         "pt2 alone": alone(lambda p: export.to_pt2(program, p)),
         "onnx alone": alone(lambda p: export.to_onnx(program, p)),
+        "kernels": whole(lambda p: write_kernels(p, *kernels)),
         "journal": journal,
+        "traced": lambda target: kept.write(program, target.with_name("traced"), "key"),
     }
 
 
 def digest(target: Path) -> str:
     """What lies at the target, checked when it says what it should be; of a journal how much."""
+    from redpass.frontend import kept
     from redpass.journal import Journal
     from redpass.manifest import verify_artifact
 
     if target.name == "journal":
         return str(Journal.open(target, "key").found)
-
+    if target.name == "traced":
+        return kept.read(target, "key").digest
     if target.is_dir():
         verify_artifact(target)
         return (target / "manifest.json").read_text()
@@ -115,7 +123,7 @@ def sweep(name: str, write: Write, folder: Path, every: int) -> Counter[str]:
     """Tries every fault for one form."""
     counts: Counter[str] = Counter()
     target = folder / ("result.file" if "alone" in name else "result")
-    target = folder / "journal" if name == "journal" else target
+    target = folder / name if name in ("journal", "traced") else target
     old = folder.parent / "old"
     for error in (0, errno.ENOSPC):
         at = 1
@@ -180,7 +188,7 @@ def judge(
     counts["tries"] += 1
     fine = code in ((0, 8) if error else (0, -signal.SIGKILL))
     if code == 8:
-        fine = "result" in said or "journal" in said
+        fine = any(word in said for word in ("result", "journal", "traced"))
     if not fine or not whole:
         counts["wrong"] += 1
         print(f"  {name}: ended with {code}, whole: {whole}, {said[:300]}")
