@@ -28,7 +28,8 @@ class Config:
     """How a kernel is cut into blocks.
 
     Attributes:
-        blocks: the kernel's block sizes by their names.
+        blocks: the kernel's block sizes by their names, and other options of a launch
+            (`maxnreg`).
         warps: warps of one program.
         stages: depth of the load pipeline of the main loop.
     """

@@ -19,7 +19,7 @@ TYPES = {
 }  # fmt: skip
 """torch dtype -> Triton's name of it."""
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 ALIGNMENT = 16
 LARGEST_INT32 = 2**31 - 1
 
@@ -33,7 +33,7 @@ class Launch:
         signature: argument name -> Triton type, `constexpr` for constants.
         constants: argument name -> value. Integers that are 1 and pointers that are None too.
         aligned: arguments known to be multiples of 16: pointers, and integers that are.
-        options: `num_warps` and `num_stages`.
+        options: `num_warps` and `num_stages`, and `maxnreg` where it is limited.
         grid: numbers of programs.
     """
 

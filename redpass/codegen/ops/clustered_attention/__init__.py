@@ -49,9 +49,12 @@ FEW: tuple[Sizes, Sizes, Sizes] = (
 )
 """Few queries: keys, value heads, warps, stages."""
 
-WIDE_MANY: Sizes = ((32, 16, 1, 8, 1), (16, 16, 2, 8, 1))
-WIDE_FEW: Sizes = ((16, 2, 8, 1),)
-"""Float32, whose products run outside the tensor cores."""
+WIDE_MANY: tuple[Sizes, Sizes] = (((32, 16, 1, 8, 1), (16, 16, 2, 8, 1)), ((32, 16, 1, 16, 1),))
+WIDE_FEW: tuple[Sizes, Sizes] = (((16, 2, 8, 1),), ((16, 1, 16, 1),))
+"""Float32, whose products run outside the tensor cores; heads up to 128 and 256 columns."""
+
+ALL_REGISTERS = 255
+"""Of a thread, with up to 8 warps. Told so, the assembler spills nothing for more warps at once."""
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, clusters: Sequence[int], *others: Any) -> Tensor:
@@ -112,23 +115,24 @@ def _probe(
 def _configs(
     q: Tensor, k: Tensor, v: Tensor, clusters: Sequence[int], *others: Any
 ) -> tuple[Config, ...]:
-    width = max(q.shape[-1], v.shape[-1])
+    width, wide = max(q.shape[-1], v.shape[-1]), q.dtype == torch.float32
     place = 0 if width <= 64 else 1 if width <= 128 else 2
     if _has_few(q):
-        table = WIDE_FEW if q.dtype == torch.float32 else FEW[place]
+        table = WIDE_FEW[width > 128] if wide else FEW[place]
         splits = splits_of(q.shape[0] * k.shape[1], k.shape[-2])
-        return tuple(_config(16, n, m, w, s, splits, 1) for n, m, w, s in table)
-    if q.dtype == torch.float32:
-        return tuple(_config(*sizes) for sizes in WIDE_MANY)
-    return tuple(_config(*sizes) for sizes in MANY[capability_of(q) >= 90][place])
+        return tuple(_config(16, n, m, w, s, splits, 1, wide=wide) for n, m, w, s in table)
+    many = WIDE_MANY[width > 128] if wide else MANY[capability_of(q) >= 90][place]
+    return tuple(_config(*sizes, wide=wide) for sizes in many)
 
 
 def _config(
-    m: int, n: int, values: int, warps: int, stages: int, splits: int = 1, packed: int = 0
-) -> Config:
+    m: int, n: int, values: int, warps: int, stages: int, splits: int = 1, packed: int = 0,
+    *, wide: bool = False,
+) -> Config:  # fmt: skip
+    limit = {"maxnreg": ALL_REGISTERS} if wide and warps <= 8 else {}
     return Config.of(
         warps=warps, stages=stages,
-        BLOCK_M=m, BLOCK_N=n, VALUES=values, SPLITS=splits, PACKED=packed,
+        BLOCK_M=m, BLOCK_N=n, VALUES=values, SPLITS=splits, PACKED=packed, **limit,
     )  # fmt: skip
 
 

@@ -23,10 +23,11 @@ TWO = [config(2), config(4, 2, packed=1)]
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_uniform_clusters(form, causal, dtype, check, random) -> None:
     q, k, v = operands(random, 2, 2, 6, 7, 33, 16, dtype=dtype)
-    check(OP, q, k, v, [0, 0, 0, 1, 1, 1], [], [], None, causal, 26, None, config=form)
+    check(OP, q, k, v, [0, 0, 0, 1, 1, 1], [], [], None, causal, 26, None, config=form,
+          bf16=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

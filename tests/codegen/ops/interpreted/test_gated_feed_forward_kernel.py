@@ -10,11 +10,11 @@ OP = OPS["gated_feed_forward"]
 SMALL = Config.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 63, 33), (37, 32, 61), (63, 17, 1)])
 def test_odd_sizes(dtype, rows, depth, width, check, random) -> None:
     x, gate, up = (random(n, depth, dtype=dtype) for n in (rows, width, width))
-    check(OP, x, gate, up, None, None, "silu", config=SMALL)
+    check(OP, x, gate, up, None, None, "silu", config=SMALL, bf16=True)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ def operands(random, heads=4, key_heads=4, groups=2, queries=1, keys=33, width=1
     return q, latents[0], ups[0], latents[1], ups[1], angles.cos(), angles.sin()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_layouts_and_parts(dtype, interleaved, splits, check, random) -> None:
-    check(OP, *operands(random, dtype=dtype), None, interleaved, None, config=config(splits))
+    found = operands(random, dtype=dtype)
+    check(OP, *found, None, interleaved, None, config=config(splits), bf16=True)
 
 
 @pytest.mark.parametrize(("keys", "width", "rank", "value_rank"), [(1, 2, 1, 3), (63, 80, 33, 17)])
@@ -65,10 +66,11 @@ def test_normalised_keys(gain, interleaved, check, random) -> None:
     check(OP, *found, None, interleaved, None, given, 1e-3, config=config(2))
 
 
-def test_normalised_keys_of_half_precision(check, random) -> None:
-    found = operands(random, width=80, rank=33, dtype=torch.float16)
-    gain = random(80, dtype=torch.float16)
-    check(OP, *found, None, False, None, gain, 1e-6, config=config())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalised_keys_of_half_precision(dtype, check, random) -> None:
+    found = operands(random, width=80, rank=33, dtype=dtype)
+    gain = random(80, dtype=dtype)
+    check(OP, *found, None, False, None, gain, 1e-6, config=config(), bf16=True)
 
 
 def test_absorbed_values(check, random) -> None:
@@ -87,9 +89,9 @@ def test_strides(check, random) -> None:
           config=config())  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_own_configs(dtype, check, random) -> None:
-    found = operands(random, keys=70, width=64, rank=48, value_rank=40, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.float16, 128)])
+def test_own_configs(dtype, width, check, random) -> None:
+    found = operands(random, keys=70, width=width, rank=48, value_rank=40, dtype=dtype)
     for form in OP.configs(*found):
         check(OP, *found, None, False, None, config=form)
 

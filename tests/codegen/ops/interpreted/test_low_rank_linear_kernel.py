@@ -13,12 +13,12 @@ def small(parts=2):
     return Config.of(BLOCK_M=16, BLOCK_R=16, BLOCK_K=16, BLOCK_N=16, BLOCK_J=16, PARTS=parts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "depth", "rank", "width"), [(1, 63, 5, 33), (16, 17, 31, 1)])
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_odd_sizes(dtype, rows, depth, rank, width, parts, check, random) -> None:
     x, down, up = (random(*s, dtype=dtype) for s in ((rows, depth), (rank, depth), (width, rank)))
-    check(OP, x, down, up, None, "none", config=small(parts))
+    check(OP, x, down, up, None, "none", config=small(parts), bf16=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

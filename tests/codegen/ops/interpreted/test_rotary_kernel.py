@@ -15,7 +15,9 @@ def tables(random, *shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("positions", "heads", "width"), [(1, 3, 16), (63, 2, 80), (5, 5, 2)])
+@pytest.mark.parametrize(
+    ("positions", "heads", "width"), [(1, 3, 16), (63, 2, 80), (3, 1, 128), (5, 5, 2)]
+)
 def test_odd_sizes(dtype, interleaved, positions, heads, width, check, random) -> None:
     q, k = random(2, heads, positions, width, dtype=dtype), random(2, 1, positions, width).to(dtype)
     check(OP, q, k, *tables(random, 2, positions, width, dtype=dtype), interleaved, bf16=True)
