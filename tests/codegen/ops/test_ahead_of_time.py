@@ -14,13 +14,18 @@ from redpass.codegen.ops.recorded import recorded
 
 TARGETS = ("sm_80", "sm_90")
 EVERY_PUSH = [
-    (name, dtype, target)
+    (name, dtype, target, 0)
     for name in OPS
     for dtype, target in (
         (torch.float16, "sm_80"), (torch.bfloat16, "sm_90"), (torch.float32, "sm_90"),
     )
+] + [
+    (name, dtype, target, place)
+    for name, place in (("clustered_attention", 3), ("latent_attention", 1))
+    for dtype, target in ((torch.float16, "sm_80"), (torch.bfloat16, "sm_90"))
 ]  # fmt: skip
-"""Each op, dtype and target at least once; all combinations and sizes are the slow test's."""
+"""Each op, dtype and target at least once, decoding with clusters and keys that are normalised too;
+all combinations and sizes are the slow test's."""
 
 PRODUCTS = ("gated_feed_forward", "clustered_attention", "latent_attention")
 """Ops whose first sample is large enough for the tensor cores' wide products."""
@@ -31,14 +36,15 @@ def check(report: AotReport) -> None:
     assert report.registers <= 255
 
 
-@pytest.mark.parametrize(("name", "dtype", "target"), EVERY_PUSH)
-def test_default_configs(name, dtype, target, tmp_path) -> None:
+@pytest.mark.parametrize(("name", "dtype", "target", "place"), EVERY_PUSH)
+def test_default_configs(name, dtype, target, place, tmp_path) -> None:
     op = OPS[name]
-    _, arguments = next(iter(op.samples(dtype)))
+    label, arguments = list(op.samples(dtype))[place]
+    assert place == 0 or label.startswith("decode") or label.endswith("normed")
     reports = build(op, arguments, target, tmp_path)
     for report in reports:
         check(report)
-    if target == "sm_90" and dtype == torch.bfloat16 and name in PRODUCTS:
+    if target == "sm_90" and dtype == torch.bfloat16 and name in PRODUCTS and not place:
         assert "wgmma.mma_async" in reports[0].ptx
         assert "cp.async" in reports[0].ptx
 
