@@ -18,6 +18,7 @@ from torch import Tensor, fx
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 import zoo
 
+import redpass
 from redpass import rewrite
 from redpass.analysis.cost import total_cost
 from redpass.analysis.inspection import DEFAULT_SIZES
@@ -32,6 +33,7 @@ from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.slice_stream import SliceStream
 from redpass.plan import Action, Narrow, Plan, SetArgument, SetWeight, WeightRef
 from redpass.program import Program
+from redpass.recipe import needs_data, replay
 from redpass.verify.inputs import complete
 from redpass.verify.reference import reference
 from redpass.verify.rules import check_rules
@@ -441,3 +443,16 @@ def test_borders_that_cost_more_than_the_width_saves_are_left_alone():
     found = plan(program, data, shares=(0.8,))
     assert not found.actions
     assert found.skips[0].reason == "4 products at its borders cost more than the width saves"
+
+
+def test_a_run_takes_it_beside_other_reductions_and_replays(residual, residual_data):
+    reduce = [SliceStream(multiple=1), PruneChannels(multiple=1)]
+    result = redpass.optimize(residual, reduce, budget="relative_error<=0.6", data=residual_data)
+    assert result.record.verdict == "met"
+    applied_ = [a.key for a in result.record.actions if a.outcome == "applied"]
+    assert sum(key.startswith("slice_stream") for key in applied_) == 1
+    assert sum(key.startswith("prune_channels") for key in applied_) > 1
+    assert needs_data(result.record.recipe)
+    again = replay(residual, result.record.recipe, data=residual_data.calibration)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(again(x)[0], result.program(x)[0])
