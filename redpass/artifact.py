@@ -216,7 +216,13 @@ def _check_apart(target: Path, source: Path) -> None:
 
 def _resolve(path: Path) -> Path:
     try:
-        return path.expanduser().resolve()
+        given = path.expanduser().absolute()
+        for part in (given, *given.parents):
+            if part.is_symlink() and not part.exists():
+                part.resolve()  # a loop is told as one
+                hint = "make what it points to, or choose another path"
+                raise OutputError("is a link to a place that is not there", file=part, hint=hint)
+        return given.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
         hint = "choose another path"
         raise OutputError("cannot be resolved: links form a loop", file=path, hint=hint) from error

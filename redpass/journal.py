@@ -188,9 +188,13 @@ def traced_of(path: Path) -> Path:
 
 
 def remove_all(path: Path) -> None:
-    """Removes the journals of every key at the stem `path`, and the traced program."""
+    """Removes the journals of every key at the stem `path`, and the traced program.
+
+    What cannot be removed stays: a folder that is none, or cannot be written, holds no such file.
+    """
     for file in (*_all(path), traced_of(path)):
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def _all(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,44 @@ def test_target_is_or_holds_the_input(run: Run, files: Files) -> None:
     assert files.model.read_text() == "stands for a model"
 
 
-def test_target_cannot_be_written(run: Run, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    check(run("optimize", files.model, "--out", files.out), 8, "output", "is not writable")
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder nobody can write to: without write permission, or for root on a read-only disk."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    if os.geteuid():
+        folder.chmod(0o500)
+        yield folder
+        folder.chmod(0o700)
+        return
+    for options in (["-t", "tmpfs", "tmpfs"], ["-o", "remount,ro"]):
+        if subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode:
+            pytest.skip("root can write everywhere, and nothing can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_target_cannot_be_written(run: Run, files: Files, closed: Path) -> None:
+    for out in (closed / "out", closed / "a" / "out"):
+        found = run("optimize", files.model, "--out", out)
+        check(found, 8, "output", f"{closed}: the folder is not writable", "choose another --out")
+    assert not list(closed.iterdir())
+
+
+def test_target_below_a_file_or_a_dead_link(run: Run, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    for out, reason in (
+        (files.data / "out", "is a file, not a folder"),
+        (files.data / "a" / "out", "is a file, not a folder"),
+        (tmp_path / "dead" / "out", "is a link to a place that is not there"),
+        (tmp_path / "dead", "is a link to a place that is not there"),
+        (tmp_path / "loop" / "out", "links form a loop"),
+    ):
+        check(run("optimize", files.model, "--out", out), 8, "output", reason)
+        check(run("optimize", files.model, "--out", out, "--force"), 8, "output", reason)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("command", ["optimize", "analyze"])
