@@ -83,13 +83,14 @@ class SetArgument:
 class SetCall:
     """Gives a node other arguments and keeps its operation and its readers.
 
-    Arguments as in `Insert`. Sizes may change: all fake values behind it are computed again once
+    Arguments as in `Insert`; None leaves the positional ones, which other actions may change, as
+    they are. Sizes may change: all fake values behind it are computed again once
     all edits are done, so a chain of views is resized by one such edit for each view that names a
     size.
     """
 
     node: str
-    args: tuple[Any, ...]
+    args: tuple[Any, ...] | None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 

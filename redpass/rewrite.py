@@ -175,7 +175,8 @@ class _Draft:
 
     def _SetCall(self, edit: SetCall) -> None:
         node = self.nodes[edit.node]
-        node.args = fx.node.map_aggregate(edit.args, self._resolve)
+        if edit.args is not None:
+            node.args = fx.node.map_aggregate(edit.args, self._resolve)
         node.kwargs = fx.node.map_aggregate(dict(edit.kwargs), self._resolve)
         self.sizes.changed.add(node)
 

@@ -24,18 +24,25 @@ def find_rotary(
         query: nodes on the way of the queries that hold indices (see `provenance`).
         key: the same for the keys.
     """
-    rotated = _rotations(flow, query)
+    rotated = rotations(flow, query)
     if not rotated:
         return None
-    keys = _rotations(flow, key)
+    keys = rotations(flow, key)
     tables = tuple(dict.fromkeys(name for _, names in rotated for name in names))
     dims = sum(_width(query[node]) for node, _ in rotated)
     last = rotated[-1][0].name
     return Rotary(last, keys[-1][0].name if keys else None, tables, dims)
 
 
-def _rotations(flow: Flow, known: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, tuple[str, ...]]]:
-    """Sums of two products with tables that change with the position; complex products."""
+def rotations(flow: Flow, known: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, tuple[str, ...]]]:
+    """Returns sums of two products with tables that change with the position, and complex products.
+
+    Args:
+        known: nodes that hold indices (see `provenance`).
+
+    Returns:
+        Each such node with the names of its tables, in graph order.
+    """
     found = []
     for node in sorted(known, key=flow.order.__getitem__):
         if ops.is_call(node, "add", "sub"):

@@ -7,26 +7,20 @@ y = linear(attention(q, k, v), Wo)                 y = linear(attention(...), Wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis.caches.bases import BASES, Basis, key_basis, value_basis
 from redpass.analysis.caches.edits import absorbed_values, projected_keys, rebuilt
-from redpass.analysis.caches.ladders import (
-    Ladder,
-    check_ladder,
-    check_word,
-    label_of,
-    ranks_of,
-    saving,
-)
-from redpass.analysis.caches.moments import Moments, cache_moments
-from redpass.analysis.caches.parts import is_fused
-from redpass.analysis.caches.sites import NO_CACHE, CacheSide, cache_sites
-from redpass.analysis.heads.axes import Unfit
+from redpass.analysis.caches.ladders import Ladder
+from redpass.analysis.caches.moments import Moments
+from redpass.analysis.caches.parts import Factors, is_fused
+from redpass.analysis.caches.sites import CacheSide, cache_sites
+from redpass.analysis.rungs import check_word
 from redpass.facts import Facts
-from redpass.plan import Action, Edit, Exactness, Plan, Skip
+from redpass.passes.caches import Rung, ladders
+from redpass.plan import Edit, Exactness, Plan
 from redpass.program import Program
 
 RULE = "cache_latents"
@@ -76,41 +70,11 @@ class CacheLatents:
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans a ladder for the keys and one for the values of every attention."""
-        sites = facts.get(cache_sites)
-        check_word(self.name, "keys", self.keys, KEYS)
+        del program
+        check_word(self.name, "form of keys", self.keys, KEYS)
         check_word(self.name, "basis", self.basis, BASES)
-        check_ladder(self._options, sites)
-        if not program.signature.state:
-            return Plan(skips=(Skip(RULE, "graph", NO_CACHE),))
-        moments = cache_moments(program, facts, sites, self.group_size)
-        found = [
-            item
-            for (label, kind), cache in sites.found.items()
-            for item in self._ladder(label_of(label, kind), cache, moments.get((label, kind)))
-        ]
-        return Plan.of(item for item in found if self._is_wanted(item))
-
-    @property
-    def _options(self) -> Ladder:
         shown = (self.shares, self.ranks, self.multiple, self.group_size, self.only)
-        return Ladder(self.name, *shown)
-
-    def _is_wanted(self, item: Action | Skip) -> bool:
-        return not self.only or item.target in self.only
-
-    def _ladder(
-        self, place: str, cache: CacheSide | str, moments: Moments | None
-    ) -> Iterator[Action | Skip]:
-        rule = f"{RULE}.{place.rpartition('/')[2]}"
-        if isinstance(cache, str) or moments is None:
-            yield Skip(rule, place, str(cache))
-            return
-        try:
-            basis = self._basis(cache, moments)
-            for rank in ranks_of(self._options, cache):
-                yield self._rung(rule, place, cache, basis, rank)
-        except Unfit as reason:
-            yield Skip(rule, place, str(reason))
+        return ladders(RULE, facts, Ladder(self.name, *shown), ("key", "value"), self._start)
 
     def _is_rebuilt(self, cache: CacheSide) -> bool:
         if cache.side.kind == "value":
@@ -123,24 +87,24 @@ class CacheLatents:
         back = self._is_rebuilt(cache)
         return key_basis(cache, moments, self.basis, rebuilt=back, refit=self.refit)
 
-    def _rung(self, rule: str, place: str, cache: CacheSide, basis: Basis, rank: int) -> Action:
-        factors, size = basis.factors(rank), self.group_size
-        edits: tuple[Edit, ...]
+    def _start(self, cache: CacheSide, moments: Moments) -> Callable[[int], Rung]:
+        basis, size = self._basis(cache, moments), self.group_size
+        full = cache.width * size
+
+        def rung(rank: int) -> Rung:
+            factors = basis.factors(rank)
+            words = (
+                f"{rank} of {full} numbers a token are kept for each of {factors.groups} groups of "
+                f"{size} heads"
+            )
+            evidence = {"rank": rank, "width": full, "groups": factors.groups}
+            return factors, self._edits(cache, factors), basis.loss(factors), words, evidence
+
+        return rung
+
+    def _edits(self, cache: CacheSide, factors: Factors) -> tuple[Edit, ...]:
         if self._is_rebuilt(cache):
-            edits = rebuilt(cache, factors, size)
-        elif cache.side.kind == "value":
-            edits = absorbed_values(cache, factors, size)
-        else:
-            edits = projected_keys(cache, factors, size)
-        full, loss = cache.width * size, basis.loss(factors)
-        return Action(
-            rule,
-            f"{place}@{rank}",
-            edits,
-            f"{rank} of {full} numbers a token are kept for each of {factors.groups} groups of "
-            f"{size} heads: {100 * loss:.3g}% of the stream is off",
-            {"rank": rank, "width": full, "groups": factors.groups},
-            saving(cache, factors, edits),
-            loss,
-            place,
-        )
+            return rebuilt(cache, factors, self.group_size)
+        if cache.side.kind == "value":
+            return absorbed_values(cache, factors, self.group_size)
+        return projected_keys(cache, factors, self.group_size)

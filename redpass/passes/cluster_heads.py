@@ -16,7 +16,7 @@ from redpass.analysis.heads.ladders import Offers, cluster_offers
 from redpass.analysis.heads.layouts import LAYOUTS
 from redpass.analysis.heads.similarity import head_similarity, is_measurable
 from redpass.analysis.heads.sites import HeadSite, head_sites
-from redpass.errors import UsageError, nearest
+from redpass.analysis.rungs import check_word
 from redpass.facts import Facts
 from redpass.passes.heads import ladders
 from redpass.plan import Exactness, Plan
@@ -63,9 +63,7 @@ class ClusterHeads:
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans one action a layer and count of clusters, the least predicted loss first."""
         del program
-        if self.layout not in LAYOUTS:
-            hint = nearest(self.layout, LAYOUTS)
-            raise UsageError(f"unknown layout '{self.layout}'", place=self.name, hint=hint)
+        check_word(self.name, "layout", self.layout, LAYOUTS)
 
         def offer(site: HeadSite, counts: tuple[int, ...], _: HeadFits) -> Offers:
             if not is_measurable(site):

@@ -6,25 +6,19 @@ scores: q k                                        scores: q[channels] k[channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis.caches.channels import ORDERS, kept_channels
 from redpass.analysis.caches.edits import projected_keys
-from redpass.analysis.caches.ladders import (
-    Ladder,
-    check_ladder,
-    check_word,
-    label_of,
-    ranks_of,
-    saving,
-)
-from redpass.analysis.caches.moments import Moments, cache_moments
-from redpass.analysis.caches.sites import NO_CACHE, CacheSide, cache_sites
-from redpass.analysis.heads.axes import Unfit
+from redpass.analysis.caches.ladders import Ladder
+from redpass.analysis.caches.moments import Moments
+from redpass.analysis.caches.sites import CacheSide, cache_sites
+from redpass.analysis.rungs import check_word
 from redpass.facts import Facts
-from redpass.plan import Action, Exactness, Plan, Skip
+from redpass.passes.caches import Rung, ladders
+from redpass.plan import Exactness, Plan
 from redpass.program import Program
 
 RULE = "drop_key_channels.keys"
@@ -66,47 +60,16 @@ class DropKeyChannels:
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans a ladder for the keys of every attention."""
-        sites = facts.get(cache_sites)
+        del program
         check_word(self.name, "order", self.order, ORDERS)
-        check_ladder(self._options, sites)
-        if not program.signature.state:
-            return Plan(skips=(Skip(RULE, "graph", NO_CACHE),))
-        moments = cache_moments(program, facts, sites, 1)
-        found = (
-            item
-            for (label, kind), cache in sites.found.items()
-            if kind == "key"
-            for item in self._ladder(label_of(label, kind), cache, moments.get((label, kind)))
-        )
-        return Plan.of(item for item in found if not self.only or item.target in self.only)
+        options = Ladder(self.name, self.shares, self.ranks, self.multiple, 1, self.only)
+        return ladders(RULE, facts, options, ("key",), self._start)
 
-    @property
-    def _options(self) -> Ladder:
-        return Ladder(self.name, self.shares, self.ranks, self.multiple, 1, self.only)
+    def _start(self, cache: CacheSide, moments: Moments) -> Callable[[int], Rung]:
+        def rung(count: int) -> Rung:
+            factors, loss = kept_channels(cache, moments, count, self.order, refit=self.refit)
+            words = f"{count} of {cache.width} channels of each key head are kept"
+            evidence = {"channels": count, "width": cache.width, "heads": cache.heads}
+            return factors, projected_keys(cache, factors, 1), loss, words, evidence
 
-    def _ladder(
-        self, place: str, cache: CacheSide | str, moments: Moments | None
-    ) -> Iterator[Action | Skip]:
-        if isinstance(cache, str) or moments is None:
-            yield Skip(RULE, place, str(cache))
-            return
-        try:
-            for count in ranks_of(self._options, cache):
-                yield self._rung(place, cache, moments, count)
-        except Unfit as reason:
-            yield Skip(RULE, place, str(reason))
-
-    def _rung(self, place: str, cache: CacheSide, moments: Moments, count: int) -> Action:
-        factors, loss = kept_channels(cache, moments, count, self.order, refit=self.refit)
-        edits = projected_keys(cache, factors, 1)
-        return Action(
-            RULE,
-            f"{place}@{count}",
-            edits,
-            f"{count} of {cache.width} channels of each key head are kept: "
-            f"{100 * loss:.3g}% of the stream is off",
-            {"channels": count, "width": cache.width, "heads": cache.heads},
-            saving(cache, factors, edits),
-            loss,
-            place,
-        )
+        return rung

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
-from redpass.analysis.ranks.sites import Sites, check_ladder, sites
+from redpass.analysis.ranks.sites import Sites, sites
 from redpass.analysis.ranks.truncation import LowRank, by_fisher, plain, whitened
+from redpass.analysis.rungs import check_rungs, check_word
 from redpass.errors import UsageError, nearest
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
@@ -82,10 +83,8 @@ class FactorLinears:
         return Plan(tuple(actions), plan.skips + (() if self.only else skips))
 
     def _check(self) -> None:
-        check_ladder(self.shares, self.multiple, self.name)
-        if self.score not in SCORES:
-            hint = nearest(self.score, SCORES)
-            raise UsageError(f"unknown score '{self.score}'", place=self.name, hint=hint)
+        check_rungs(self.name, self.shares, self.multiple)
+        check_word(self.name, "score", self.score, SCORES)
 
     def _named(self, known: Sites) -> Mapping[str, tuple[int, ...]]:
         """Label -> the ranks that the user named."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from redpass.analysis.heads.costs import saved
 from redpass.analysis.heads.fits import HeadFits, check_batches
-from redpass.analysis.heads.ladders import Offers, Rung, check_shares, named, rungs
+from redpass.analysis.heads.ladders import Offers, Rung, named, rungs
 from redpass.analysis.heads.sites import HeadSite, head_sites
+from redpass.analysis.rungs import check_rungs
 from redpass.facts import Facts
 from redpass.plan import Action, Plan, Skip
 
@@ -32,7 +33,7 @@ def ladders(
         DataError: no calibration data, or too little to fit on and hold back.
     """
     place = rule.partition(".")[0]
-    check_shares(shares, place)
+    check_rungs(place, shares)
     sites = facts.get(head_sites)
     wanted = named(only, sites, place)
     skips = () if only else tuple(Skip(rule, *item) for item in sites.reasons.items())

@@ -30,6 +30,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GATED | {
         "num_key_value_heads": 2, "head_dim": 8}),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", GATED | {"rotary_pct": 0.5}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64,
+        "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2}),
     "bloom": ("BloomConfig", "BloomForCausalLM", {
         "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY,
         "bos_token_id": 1, "eos_token_id": 2}),

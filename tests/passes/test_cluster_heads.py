@@ -239,7 +239,7 @@ def test_bad_requests_are_refused_before_any_work() -> None:
         ({"only": ("layers.0.attention@4",)}, "no count of heads"),
         ({"only": ("layers.0.attention@x",)}, "no count of heads"),
         ({"shares": (1.5,)}, "a share of 1.5"),
-        ({"layout": "tall"}, "unknown layout"),
+        ({"layout": "tall"}, "no layout is called"),
     ):
         with pytest.raises(UsageError, match=text):
             planned(program, None, **options)

@@ -242,8 +242,8 @@ def test_without_data_only_the_plain_truncation_is_to_be_had() -> None:
     [
         ({"shares": (1.0,)}, "a share of 1"),
         ({"shares": (0.0,)}, "a share of 0"),
-        ({"multiple": 0}, "multiples of 0"),
-        ({"score": "guess"}, "unknown score"),
+        ({"multiple": 0}, "a multiple of 0"),
+        ({"score": "guess"}, "no score is called"),
         ({"only": ("w@0",)}, "rank from 1 to 24"),
         ({"only": ("w@25",)}, "rank from 1 to 24"),
         ({"only": ("w@20",)}, "give a rank up to 14"),

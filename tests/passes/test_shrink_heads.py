@@ -102,12 +102,11 @@ def test_full_width_leaves_the_output_as_it_is(
 def test_what_can_be_cut_depends_on_what_stands_between(measured: dict[str, Facts]) -> None:
     kinds = {name: measured[name].get(head_shapes).kinds for name in ("gpt2", "llama")}
     assert set(kinds["gpt2"].values()) == {("values", "keys")}
-    assert set(kinds["llama"].values()) == {("values",)}
+    assert set(kinds["llama"].values()) == {("values", "keys")}
     plan = _plan(measured["llama"].program, measured["llama"])
-    reasons = {skip.target: skip.reason for skip in plan.skips}
-    assert "rotary positions" in reasons["layers.0.attention.keys"]
+    assert not plan.skips
     assert {action.target.split("@")[0] for action in plan.actions} == {
-        f"layers.{n}.attention.values" for n in (0, 1)
+        f"layers.{n}.attention.{kind}" for n in (0, 1) for kind in ("values", "keys")
     }
 
 
@@ -231,11 +230,12 @@ def test_data_are_needed_and_few_tokens_do(measured: dict[str, Facts]) -> None:
     ("options", "message"),
     [
         ({"shares": (1.5,)}, "a share of 1.5"),
-        ({"multiple": 0}, "multiples of 0"),
-        ({"basis": "guess"}, "unknown basis"),
+        ({"multiple": 0}, "a multiple of 0"),
+        ({"basis": "guess"}, "no basis is called"),
         ({"only": ("layers.0.attention.values@8",)}, "width from 1 to 7"),
         ({"only": ("layers.0.attention.values@0",)}, "width from 1 to 7"),
-        ({"only": ("layers.0.attention.keys@4",)}, "no heads are called"),
+        ({"only": ("layers.0.attention.keys@5",)}, "in pairs"),
+        ({"only": ("layers.0.attention.scores@4",)}, "no heads are called"),
     ],
 )
 def test_bad_options_are_refused_before_any_data_are_read(

@@ -9,6 +9,7 @@ from torch import fx
 
 from redpass.analysis.caches.parts import Factors
 from redpass.analysis.caches.sites import CacheSide, CacheSites
+from redpass.analysis.rungs import check_rungs
 from redpass.errors import UsageError, nearest
 from redpass.plan import Edit, Insert, Ref, Replace, SetArgument, SetWeight
 
@@ -41,12 +42,6 @@ def label_of(label: str, kind: str) -> str:
     return f"{label}/{PLURAL[kind]}"
 
 
-def check_word(place: str, option: str, found: str, known: Sequence[str]) -> None:
-    """Raises `UsageError` when an option's word is none of `known`."""
-    if found not in known:
-        raise UsageError(f"{option}={found}", place=place, hint=nearest(found, known))
-
-
 def check_ladder(ladder: Ladder, sites: CacheSites) -> None:
     """Refuses what no cache can be cut to.
 
@@ -54,12 +49,9 @@ def check_ladder(ladder: Ladder, sites: CacheSites) -> None:
         UsageError: shares outside of 0 to 1, ranks below one or above the full one, groups that
             the heads do not divide into, an unknown target.
     """
-    if not all(0 < share <= 1 for share in ladder.shares):
-        text = f"shares={ladder.shares}"
-        raise UsageError(text, place=ladder.place, hint="what is left, above 0 and at most 1")
-    if ladder.multiple < 1 or ladder.size < 1:
-        text = f"multiple={ladder.multiple}, group_size={ladder.size}"
-        raise UsageError(text, place=ladder.place, hint="both are at least 1")
+    check_rungs(ladder.place, ladder.shares, ladder.multiple, whole=True)
+    if ladder.size < 1:
+        raise UsageError(f"group_size={ladder.size}", place=ladder.place, hint="give at least 1")
     for (label, kind), side in sites.found.items():
         if isinstance(side, CacheSide):
             _check_cache(ladder, label_of(label, kind), side)

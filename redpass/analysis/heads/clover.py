@@ -199,20 +199,24 @@ class Keys:
         bias = self.query.bias(self.program)
         if bias is not None:
             queries += bias[list(group)].double().T @ bias[list(group)].double()
-        own = decompose(_root(queries)[0], keys).rank()
+        own = queries, keys
         if basis == "activations":
             keys = self.keys[head]
             queries = torch.stack([self.queries[h] for h in group]).sum(0)
-        root, inverse = _root(queries)
-        left = decompose(root, keys).left(len(root))
-        return Basis(left.T @ root, inverse @ left, own)
+        return directions(queries, keys, *own)[0]
 
-    def cut(self, bases: Sequence[Basis], width: int) -> tuple[HeadCut, float]:
+    def cut(
+        self, bases: Sequence[Basis], width: int, *, refit: bool = True
+    ) -> tuple[HeadCut, float]:
         """Returns the heads with that many channels, and the predicted loss.
 
         A small change of the scores changes what a head gives by a share as large as its variance
         over keys; a large one by no more than all of it.
+
+        Args:
+            refit: changes nothing: joint directions are the best there are.
         """
+        del refit
         down = torch.stack([basis.down[:width] for basis in bases])
         up = torch.stack([basis.up[:, :width].T for basis in bases])
         of_head = self.site.sides["key"].of_head
@@ -221,10 +225,32 @@ class Keys:
         scale = (self.site.attention.scale or 1.0) ** 2
         errors = []
         for head, group in enumerate(self.site.groups):
-            gap = torch.eye(self.key.width, dtype=torch.float64) - up[head].T @ down[head]
-            lost = gap @ self.keys[head] @ gap.T
-            errors += [min(1.0, scale * float((self.queries[h] * lost).sum())) for h in group]
+            lost = [
+                lost_scores(self.queries[h], self.keys[head], down[head], up[head]) for h in group
+            ]
+            errors += [min(1.0, scale * error) for error in lost]
         return HeadCut(query=queries, key=keys), self.share * sum(errors) / len(errors)
+
+
+def directions(
+    queries: Tensor, keys: Tensor, own_queries: Tensor, own_keys: Tensor
+) -> tuple[Basis, Tensor]:
+    """Returns joint directions of queries and keys of given second moments, with their energies.
+
+    Args:
+        own_queries: what the weights alone give, to tell how many directions they really have.
+    """
+    own = decompose(_root(own_queries)[0], own_keys).rank()
+    root, inverse = _root(queries)
+    cut = decompose(root, keys)
+    left = cut.left(len(root))
+    return Basis(left.T @ root, inverse @ left, own), cut.energies
+
+
+def lost_scores(queries: Tensor, keys: Tensor, down: Tensor, up: Tensor) -> float:
+    """Returns the expected squared error of scores when keys become `upᵀ down k`."""
+    gap = torch.eye(len(keys), dtype=torch.float64) - up.T @ down
+    return float((queries * (gap @ keys @ gap.T)).sum())
 
 
 def _turned(program: Program, side: Side, down: Tensor) -> Part:
@@ -257,4 +283,5 @@ def merged(left: HeadCut, right: HeadCut) -> HeadCut:
         value=left.value or right.value,
         output=left.output if right.output is None else right.output,
         output_bias=left.output_bias if right.output_bias is None else right.output_bias,
+        planes=left.planes or right.planes,
     )

@@ -32,6 +32,7 @@ from redpass.analysis.heads.axes import (
     plain_form,
 )
 from redpass.analysis.heads.joins import HeadCut, Job, Part, join, spread
+from redpass.analysis.heads.regions import pick_channels
 from redpass.analysis.heads.sites import KINDS, HeadSite
 from redpass.analysis.heads.weights import Weights
 from redpass.plan import (
@@ -73,6 +74,9 @@ def edits(site: HeadSite, cut: HeadCut, what: str) -> tuple[Edit, ...]:
     for kind in KINDS:
         if kind in weights.splits:
             _seed(job, kind, *weights.splits[kind])
+        changed = job.parts[kind]
+        if cut.planes is not None and changed is not None and changed.kept is not None:
+            pick_channels(job, site.sides[kind], cut.planes, weights.splits[kind][0])
         join(job, site.sides[kind])
     _follow_masks(job)
     core = site.core
@@ -134,8 +138,8 @@ def _call_core(job: Job) -> None:
     elif changes or job.heads.new != job.heads.old:
         raise Unfit(f"{ops.base_name(core.node)} is not written with other heads")
     if changes:
-        args, kwargs = named((core.node.args, dict(core.node.kwargs)))
-        job.made.append(SetCall(core.node.name, args, {**kwargs, **changes}))
+        kwargs = named(dict(core.node.kwargs))
+        job.made.append(SetCall(core.node.name, None, {**kwargs, **changes}))
 
 
 def _check_readers(job: Job, source: fx.Node) -> None:

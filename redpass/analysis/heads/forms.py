@@ -194,6 +194,14 @@ class Forms:
                 raise Unfit(f"{node.name} joins heads of two kinds")
         return (*form[:dim], plain_form(node)[dim], *form[dim + 1 :])
 
+    def _stack(self, node: fx.Node) -> Form:
+        parts: Any = _args(node)[0]
+        forms = [self.of(part) for part in parts]
+        if any(form != forms[0] for form in forms):
+            raise Unfit(f"{node.name} stacks heads of two kinds")
+        dim = int(ops.argument(node, "dim")) % (len(forms[0]) + 1)
+        return (*forms[0][:dim], (len(parts),), *forms[0][dim:])
+
     def _join_state(self, part: fx.Node, node: fx.Node, form: Form) -> None:
         """A cached value that new positions are joined to gets the same heads."""
         others = [user for user in part.users if user is not node and not ops.is_size(user)]
@@ -263,8 +271,8 @@ class Forms:
         """Gives a call that names all sizes of its result the new ones."""
         sizes: Any = list(_args(node)[1])
         for place, axis in enumerate(form):
-            if is_touched(axis):
-                new = new_size(axis)
+            new = new_size(axis)
+            if not is_equal(new, old_size(axis)):
                 sizes[place] = int(new) if new.is_Integer else -1
         if sizes.count(-1) > 1:
             raise Unfit(f"{node.name} gets several sizes that are not fixed")

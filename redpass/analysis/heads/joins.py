@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from redpass import ops
 from redpass.analysis.heads.axes import Factor, Unfit, new_node
 from redpass.analysis.heads.forms import Forms
+from redpass.analysis.heads.planes import Planes
 from redpass.analysis.heads.sites import KINDS, HeadSite, Side
 from redpass.plan import Edit, Insert, Ref, SetArgument, SetWeight, WeightRef
 
@@ -24,10 +25,15 @@ class Part:
     Attributes:
         weight: `[heads, width, ins]`.
         bias: `[heads, width]`; None where the projection has none.
+        kept: `[heads, width]`, rising: which old channels' places the new ones take, where ops
+            between here and the core work on single channels; None where none does.
+        gain: `[heads, width]`, factors for the gain of the norm behind; None for none.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    kept: Tensor | None = None
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,7 @@ class HeadCut:
         key_of: which key head; spread evenly in order where empty, as always for values.
         value_of: which value head.
         source_of: which old head each head of the core takes its mask from.
+        planes: what rotary positions turn, where queries and keys keep some channels only.
     """
 
     query: Part | None = None
@@ -53,6 +60,7 @@ class HeadCut:
     key_of: tuple[int, ...] = ()
     value_of: tuple[int, ...] = ()
     source_of: tuple[int, ...] = ()
+    planes: Planes | None = None
 
 
 def spread(count: int, heads: int) -> tuple[int, ...]:
@@ -70,6 +78,7 @@ class Job:
         heads: the heads of the core.
         made: the edits, beside those of `forms`.
         skipped: nodes that nobody reads any more.
+        tables: what was taken of tables of rotary positions -> its node.
     """
 
     site: HeadSite
@@ -79,6 +88,8 @@ class Job:
     heads: Factor = field(init=False)
     made: list[Edit] = field(default_factory=list)
     skipped: set[fx.Node] = field(default_factory=set)
+    tables: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _places: dict[tuple[int, ...], WeightRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.forms = Forms(self.site.program)
@@ -144,6 +155,12 @@ class Job:
         self.made.append(SetWeight(taken, torch.tensor(of), "places of heads"))
         return WeightRef(taken)
 
+    def places_of(self, channels: tuple[int, ...]) -> WeightRef:
+        """Returns a weight that holds places of channels, one for all tables that are cut alike."""
+        if channels not in self._places:
+            self._places[channels] = self.index(f"channels_{len(self._places)}", channels)
+        return self._places[channels]
+
 
 def join(job: Job, side: Side) -> None:
     """Follows a side from its projection to the core, and gives the core its heads anew.
@@ -190,7 +207,9 @@ class _Join:
             wide = next((n for n in nodes if side.place(n, full, partial=True)), None)
         if wide is not None:
             above, rank = flow.ancestors([wide]) - {wide}, wide.meta["val"].dim()
-            nodes = [n for n in nodes if n in above and n.meta["val"].dim() == rank]
+            nodes = [
+                n for n in nodes if n in above and getattr(n.meta["val"], "dim", int)() == rank
+            ]
         for node in reversed(nodes):
             if place := side.place(node, side.features, partial=True):
                 return node, wide, place[0]
@@ -219,6 +238,11 @@ class _Join:
             arguments = (Ref(narrow.name), axis, job.index(f"{self.side.kind}_of", of))
         job.made.append(Insert(name, call, arguments, before.name))
         return name
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.dim() if isinstance(value, Tensor) else -1
 
 
 def _between(narrow: fx.Node, wide: fx.Node) -> set[fx.Node]:

@@ -56,14 +56,6 @@ class Rung:
         return f"{self.site.label}@{self.count}"
 
 
-def check_shares(shares: Iterable[float], place: str) -> None:
-    """Raises `UsageError` for a share that is none."""
-    for share in shares:
-        if not 0 < share < 1:
-            hint = "write 0.5 to leave half of the heads"
-            raise UsageError(f"a share of {share}", place=place, hint=hint)
-
-
 def named(only: Sequence[str], sites: HeadSites, place: str) -> dict[str, tuple[int, ...]]:
     """Reads `layers.3.attention@9` (or without a count) of the option `only`.
 
@@ -178,15 +170,27 @@ def prune_offers(
     known = shapes(site)
     if not known:
         return dict.fromkeys(wanted or (1,), "its key heads have different numbers of query heads")
-    for count in wanted:
-        if count not in known:
-            hint = f"possible are {', '.join(map(str, known))}"
-            text = f"{len(site.groups)} key heads cannot share {count} query heads evenly"
-            raise UsageError(text, place=site.label, hint=hint)
-    nearest_ones = {min(known, key=lambda n: (abs(n - s * site.heads), -n)) for s in shares}
+    _check_counts(site, wanted, known, "share {} query heads")
+    nearest_ones = _nearest_counts(known, site.heads, shares)
     silent = [n for n in known if _lost(site, known[n], scores)[0] <= SILENT]
     counts = list(wanted) or sorted(nearest_ones | set(silent[-1:]), reverse=True)
     return {count: _prune_offer(site, known[count], scores) for count in counts}
+
+
+def _check_counts(site: HeadSite, wanted: Iterable[int], known: Iterable[int], what: str) -> None:
+    """Raises `UsageError` for a count that the grouping of heads does not divide into."""
+    possible = list(known)
+    for count in wanted:
+        if count not in possible:
+            hint = f"possible are {', '.join(map(str, possible))}"
+            text = f"{len(site.groups)} key heads cannot {what.format(count)} evenly"
+            raise UsageError(text, place=site.label, hint=hint)
+
+
+def _nearest_counts(known: Iterable[int], whole: int, shares: Iterable[float]) -> set[int]:
+    """For each share of `whole` the nearest count there is, the larger one of two."""
+    possible = list(known)
+    return {min(possible, key=lambda n: (abs(n - share * whole), -n)) for share in shares}
 
 
 def _lost(
@@ -229,12 +233,8 @@ def merge_offers(
     known = divisors(site)
     if not known:
         return dict.fromkeys(wanted or (1,), "it has no key heads that can be merged evenly")
-    for count in wanted:
-        if count not in known:
-            hint = f"possible are {', '.join(map(str, known))}"
-            text = f"{len(site.groups)} key heads cannot be merged to {count} evenly"
-            raise UsageError(text, place=site.label, hint=hint)
-    found = {min(known, key=lambda n: (abs(n - s * len(site.groups)), -n)) for s in shares}
+    _check_counts(site, wanted, known, "be merged to {}")
+    found = _nearest_counts(known, len(site.groups), shares)
     kind = _kind_of_turn(site, moments, fits) if align else "none"
     if kind is None:
         reason = "a turn of its key and value heads changes what it gives"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from redpass.analysis.cost import Cost
 from redpass.analysis.inspection import DEFAULT_SIZES
+from redpass.plan import Edit, SetArgument, SetWeight, WeightRef
 
 if TYPE_CHECKING:
     from redpass.analysis.heads.sites import HeadSite
@@ -32,8 +33,14 @@ def width_of(site: HeadSite, kind: str) -> int:
     return min(site.sides[side].width for side in SIDES[kind])
 
 
-def saving(cost: Cost, site: HeadSite, kind: str, width: int) -> Mapping[str, float]:
-    """Returns what the program no longer costs when the heads of a kind have `width` channels."""
+def saving(
+    cost: Cost, site: HeadSite, kind: str, width: int, edits: Iterable[Edit] = ()
+) -> Mapping[str, float]:
+    """Returns what the program no longer costs when the heads of a kind have `width` channels.
+
+    Args:
+        edits: those of the cut: places of channels and gains of norms take room, too.
+    """
     parameters = size = flops = cached = 0.0
     caches = {"key": site.attention.key_cache, "value": site.attention.value_cache}
     for name in SIDES[kind]:
@@ -52,12 +59,31 @@ def saving(cost: Cost, site: HeadSite, kind: str, width: int) -> Mapping[str, fl
         if pair is not None:
             state = site.program.signature.input(pair[0])
             cached += side.heads * gone * state.dtype.itemsize
+    extra = _extra(site, edits)
+    parameters, size = parameters - extra[0], size - extra[1]
     return {
         "parameters": parameters,
         "bytes": size,
         "flops": flops + _core(cost, site, kind, width),
         "kv_bytes_per_token": cached,
     }
+
+
+def _extra(site: HeadSite, edits: Iterable[Edit]) -> tuple[float, float]:
+    """Parameters and bytes that come on top: places of channels, and gains of the heads' norms."""
+    made, gained = list(edits), {site.attention.query_norm, site.attention.key_norm}
+    values = {edit.name: edit.value for edit in made if isinstance(edit, SetWeight)}
+    size: float = sum(v.nbytes for v in values.values() if not v.is_floating_point())
+    count = 0.0
+    for edit in made:
+        if not isinstance(edit, SetArgument) or edit.node not in gained:
+            continue
+        if isinstance(edit.new, WeightRef):
+            new, old = values[edit.new.name], site.program.weight(site.program.nodes[edit.old])
+            gone = 0 if old is None else old.numel()
+            count += new.numel() - gone
+            size += (new.numel() - gone) * new.element_size()
+    return count, size
 
 
 def _core(cost: Cost, site: HeadSite, kind: str, width: int) -> float:

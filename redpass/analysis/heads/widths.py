@@ -2,23 +2,27 @@
 
 What may be turned into other directions is told here: nothing but views, copies, casts, caches and
 constant factors may stand between a projection and the core, or between the core and the output
-projection. For queries and keys that rules out rotary embeddings and norms. Of the directions of
-rotary heads only whole frequency pairs commute with the rotation, and one table serves all heads,
-so a cut would take the same pairs from each; these heads are left alone.
+projection. With rotary positions between queries, keys and scores, what may be left out are whole
+planes, pairs of channels of one frequency (`rotated`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from redpass import ops
-from redpass.analysis.heads.clover import Basis, Keys, Values, merged, observers
+from redpass.analysis.heads.clover import Keys, Values, merged, observers
 from redpass.analysis.heads.cuts import HeadCut, edits
+from redpass.analysis.heads.planes import Planes, find_planes
+from redpass.analysis.heads.rotated import RotatedKeys, rotated_observers
 from redpass.analysis.heads.sites import HeadSite, head_sites
+from redpass.analysis.heads.turns import Trial
+from redpass.analysis.observers import Observer
 from redpass.analysis.statistics import collect, portions
 from redpass.facts import Facts
 from redpass.plan import Edit
@@ -37,10 +41,17 @@ class Shapes:
     Attributes:
         kinds: branch label -> `values`, `keys`, or both: what may have other directions.
         skips: (label, reason) of what cannot.
+        planes: branch label -> what rotary positions turn, where queries and keys can be cut.
     """
 
     kinds: Mapping[str, tuple[str, ...]]
     skips: tuple[tuple[str, str], ...]
+    planes: Mapping[str, Planes]
+
+    def step(self, label: str, kind: str) -> int:
+        """Returns what widths of a kind differ by: 2 where only whole pairs can go."""
+        own = self.planes.get(label) if kind != "values" else None
+        return 1 if own is None else own.step
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +64,14 @@ class HeadWidths:
 
     site: HeadSite
     values: Values | None
-    keys: Keys | None
+    keys: Keys | RotatedKeys | None
     tokens: int
-    known: dict[tuple[str, str], tuple[Basis, ...]] = field(default_factory=dict)
+    known: dict[tuple[str, str], tuple[Any, ...]] = field(default_factory=dict)
 
     def own(self, kind: str, basis: str) -> int:
         """The width that the weights of `values` or `keys` really have, over all heads."""
-        return max(1, *(each.own for each in self._bases(kind, basis)))
+        found: int = max(1, *(each.own for each in self._bases(kind, basis)))
+        return found
 
     def cut(
         self, kind: str, width: int, basis: str, *, refit: bool
@@ -76,11 +88,11 @@ class HeadWidths:
         if kind != "keys" and self.values is not None:
             cut, loss = self.values.cut(self._bases("values", basis), width, refit=refit)
         if kind != "values" and self.keys is not None:
-            narrow, more = self.keys.cut(self._bases("keys", basis), width)
+            narrow, more = self.keys.cut(self._bases("keys", basis), width, refit=refit)
             cut, loss = merged(cut, narrow), loss + more
         return edits(self.site, cut, "narrow"), loss
 
-    def _bases(self, kind: str, basis: str) -> tuple[Basis, ...]:
+    def _bases(self, kind: str, basis: str) -> tuple[Any, ...]:
         if (kind, basis) not in self.known:
             source = self.values if kind == "values" else self.keys
             assert source is not None
@@ -93,12 +105,16 @@ def head_shapes(program: Program, facts: Facts) -> Shapes:
     del program
     found = facts.get(head_sites)
     kinds: dict[str, tuple[str, ...]] = {}
+    planes: dict[str, Planes] = {}
     skips = [*found.reasons.items()]
     for label, site in found.found.items():
-        reasons = {"values": _values_stay(site), "keys": _keys_stay(site)}
+        own = find_planes(site, facts) if site.attention.rotary is not None else None
+        reasons = {"values": _values_stay(site), "keys": _keys_stay(site, own)}
+        if isinstance(own, Planes) and not reasons["keys"]:
+            planes[label] = own
         kinds[label] = tuple(kind for kind, reason in reasons.items() if not reason)
         skips += [(f"{label}.{kind}", reason) for kind, reason in reasons.items() if reason]
-    return Shapes(kinds, tuple(skips))
+    return Shapes(kinds, tuple(skips), planes)
 
 
 def head_widths(program: Program, facts: Facts) -> Mapping[str, HeadWidths]:
@@ -107,19 +123,31 @@ def head_widths(program: Program, facts: Facts) -> Mapping[str, HeadWidths]:
     Raises:
         DataError: no calibration data, or values that are NaN or infinite.
     """
-    known, sites = facts.get(head_shapes).kinds, facts.get(head_sites).found
-    wanted = {label: observers(sites[label]) for label, kinds in known.items() if kinds}
+    shapes, sites = facts.get(head_shapes), facts.get(head_sites).found
+    wanted = {
+        label: _observers(sites[label], kinds, shapes.planes.get(label))
+        for label, kinds in shapes.kinds.items()
+        if kinds
+    }
     found: dict[str, HeadWidths] = {}
+    trial = Trial(program, facts)
     for group in portions(program, wanted):
         asked = [observer for label in group for observer in wanted[label]]
         sums = collect(program, asked, facts.data())
         for label in group:
-            site, kinds = sites[label], known[label]
+            site, kinds = sites[label], shapes.kinds[label]
             values = Values(program, facts, site, sums) if "values" in kinds else None
-            keys = Keys(program, site, sums) if "keys" in kinds else None
+            keys = None
+            if "keys" in kinds:
+                keys = trial.keys(site, sums, shapes.planes.get(label))
             tokens = sums.tokens[asked[0]]
             found[label] = HeadWidths(site, values, keys, tokens)
     return found
+
+
+def _observers(site: HeadSite, kinds: Sequence[str], planes: Planes | None) -> list[Observer]:
+    rotated = rotated_observers(site, planes) if planes is not None and "keys" in kinds else []
+    return [*observers(site), *rotated]
 
 
 def _values_stay(site: HeadSite) -> str:
@@ -129,16 +157,18 @@ def _values_stay(site: HeadSite) -> str:
     return _turned_by([*inside, *behind, flow.program.nodes[site.output.input]], site)
 
 
-def _keys_stay(site: HeadSite) -> str:
+def _keys_stay(site: HeadSite, planes: Planes | str | None) -> str:
     attention = site.attention
-    if attention.rotary is not None:
-        return "rotary positions turn its channels in pairs, by tables that all heads share"
-    if attention.query_norm or attention.key_norm:
+    if isinstance(planes, str):
+        return planes
+    if planes is None and (attention.query_norm or attention.key_norm):
         return "a norm stands between the projections of queries and keys and the scores"
     if attention.scale is None:
         return "the scale of its scores is no constant"
     if site.sides["query"].heads != site.heads:
         return "its heads share queries"
+    if planes is not None:
+        return ""
     query, key = site.sides["query"], site.sides["key"]
     nodes = query.operand.nodes | key.operand.nodes | {query.node, key.node}
     return _turned_by(nodes, site)

@@ -72,16 +72,6 @@ class Sites:
     skips: Mapping[str, str]
 
 
-def check_ladder(shares: Sequence[float], multiple: int, place: str) -> None:
-    """Raises `UsageError` for shares or multiples that no ladder of widths or ranks can have."""
-    for share in shares:
-        if not 0 < share < 1:
-            hint = "write 0.5 to leave half"
-            raise UsageError(f"a share of {share}", place=place, hint=hint)
-    if multiple < 1:
-        raise UsageError(f"multiples of {multiple}", place=place, hint="give 1 for any size")
-
-
 def sites(program: Program, facts: Facts | None = None) -> Sites:
     """Finds the weights that only linears read. Looks at shapes, never at data."""
     table = linears(program) if facts is None else facts.get(linears)
