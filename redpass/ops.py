@@ -52,6 +52,9 @@ SHAPE_ONLY = RESHAPES | {"flatten", "unflatten", "unsqueeze", "squeeze"}
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 """ATen ops that return their operand as it is when not in training mode."""
 
+UNTAGGED = frozenset({"hardswish", "log_sigmoid"})
+"""Elementwise ATen ops that PyTorch (2.11 to 2.13) does not tag as such."""
+
 NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
 """ATen op -> the right operand that changes nothing, up to the sign of zero (`add`, `sub`)."""
 
@@ -159,7 +162,9 @@ def is_pure(node: fx.Node) -> bool:
 def is_elementwise(node: fx.Node) -> bool:
     """Whether each output element depends on the operands' elements at the same place only."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or is_call(node, *UNTAGGED)
 
 
 def read_nodes(node: fx.Node) -> list[fx.Node]:

@@ -8,7 +8,17 @@ from typing import Any
 from torch import fx
 
 from redpass import ops
-from redpass.analysis.axes import Axis, fix, fresh, reshaped, resolve, unify
+from redpass.analysis.axes import (
+    Axis,
+    Dimension,
+    Segment,
+    fix,
+    fresh,
+    length,
+    reshaped,
+    resolve,
+    unify,
+)
 from redpass.analysis.flow import Flow
 
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool1d", "avg_pool1d",
@@ -129,10 +139,10 @@ class Couplings:
         groups = ops.argument(node, "groups")
         if groups == 1:
             unify(x[1], weight[1])
-        elif groups == shape[1]:
-            unify(x[1], weight[0])
-        else:
-            fix((x[1], weight[0]), "a grouped convolution reads it")
+        else:  # a group's channels stay or go together; a depthwise one has one each
+            whole = Dimension(groups)
+            for axis in (x[1], weight[0]):
+                unify(axis, (Segment(whole, length(axis) // groups),))
         self._bias(node.args[2] if len(node.args) > 2 else None, weight[0])
         return [x[0], weight[0], *(fresh(size) for size in shape[2:])]
 

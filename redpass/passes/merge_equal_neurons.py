@@ -6,21 +6,26 @@ y = linear([h1, h2, h3], [a, b, c])    ->    y = linear([h1, h2], [a + 2 c, b])
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from redpass.analysis.channels import ANY, EXACT, freedom, most_cut, narrowed
+from redpass.analysis.batch_norms import BatchNorm, batch_norms
+from redpass.analysis.channels import EXACT, freedom, most_cut, narrowed
+from redpass.analysis.equal_rows import EqualRows
 from redpass.analysis.hidden_layers import HiddenLayer, hidden_layers
-from redpass.analysis.linears import Linear
+from redpass.analysis.widths.equal_units import equal_units, is_channels, merges
+from redpass.analysis.widths.ladders import step_of
+from redpass.analysis.widths.narrowing import Width, Widths, narrow, widths
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
 
 RULE = "merge_equal_neurons.hidden"
+CHANNELS = "merge_equal_neurons.channels"
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,11 @@ class MergeEqualNeurons:
 
     What: neurons of one hidden layer, in any places. Rows and biases must be equal bit by bit where
     a nonlinearity reads them; equal up to a positive factor under ReLU, and up to any factor where
-    the channel is linear in them (the `up` of a gated layer), to two roundings.
-    When: only elementwise ops stand between the linears and nothing else reads anything there.
+    the channel is linear in them (the `up` of a gated layer), to two roundings. Channels of
+    convolutions likewise, through batch norms, residual sums, concatenations and gates; up to a
+    factor where one convolution makes them and ReLU and pools alone stand behind.
+    When: only elementwise ops stand between the linears and nothing else reads anything there; of
+    convolutions, all that has the width can be narrower.
     Not tried: neurons that are alike but not equal, or sums of others.
     Costs: one float64 copy of a layer's first weights at a time; candidates are found by sorting
     one random projection of the rows, so time is linear in the weights.
@@ -41,83 +49,79 @@ class MergeEqualNeurons:
     """
 
     name: ClassVar[str] = "merge_equal_neurons"
-    needs: ClassVar[tuple[Any, ...]] = (hidden_layers,)
+    needs: ClassVar[tuple[Any, ...]] = (hidden_layers, widths, batch_norms)
     exactness: ClassVar[Exactness] = Exactness.WITHIN_TOLERANCE
 
     multiple: int = 8
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans one action per hidden layer with equal neurons."""
-        return Plan.of(self._judge(layer, program) for layer in facts.get(hidden_layers))
+        layers = Plan.of(self._judge(layer, program) for layer in facts.get(hidden_layers))
+        channels = Plan.of(self._channels(program, facts))
+        return Plan(layers.actions + channels.actions, layers.skips + channels.skips)
+
+    def _channels(self, program: Program, facts: Facts) -> Iterator[Action | Skip]:
+        found = facts.get(widths)
+        norms = {n.layer.name: n for n in facts.get(batch_norms) if n.follows and n.layer}
+        for width in found.found:
+            if not is_channels(program, width):
+                continue
+            if width.obstacle or program.is_fake:
+                why = width.obstacle or "the weights carry no data"
+                yield Skip(CHANNELS, width.makers[0], why)
+                continue
+            yield self._merged(found, width, norms, program)
+
+    def _merged(
+        self, found: Widths, width: Width, norms: Mapping[str, BatchNorm], program: Program
+    ) -> Action | Skip:
+        place, same = width.makers[0], equal_units(program, found, width, norms)
+        if not same.pairs:
+            return Skip(CHANNELS, place, "no two channels are equal")
+        step = step_of(width, self.multiple)
+        count = most_cut(len(same.pairs), width.size, step)
+        if count == 0:
+            reason = f"{len(same.pairs)} of {width.size} channels: the rest is no multiple of"
+            return Skip(CHANNELS, place, f"{reason} {step}")
+        gone = torch.tensor(sorted(same.pairs)[:count])
+        keep = torch.tensor([u for u in range(width.size) if u not in set(gone.tolist())])
+        repairs = merges(width, same, gone, keep)
+        if repairs is None:
+            return Skip(CHANNELS, place, "too many places read its channels one by one")
+        return Action(
+            CHANNELS,
+            place,
+            tuple(narrow(found, width, keep, repairs, program)),
+            f"{len(gone)} of {width.size} channels compute what another one does",
+            {"channels": len(gone), "width": width.size},
+        )
 
     def _judge(self, layer: HiddenLayer, program: Program) -> Action | Skip:
         place = layer.second.node
         if layer.obstacle:
             return Skip(RULE, place, layer.obstacle)
-        neurons = _Neurons(layer, program)
-        pairs = neurons.pairs()
+        rows = _rows(layer, program)
+        pairs = rows.pairs()
         if not pairs:
             return Skip(RULE, place, "no two neurons are equal")
         count = most_cut(len(pairs), layer.width, self.multiple)
         if count == 0:
             reason = f"{len(pairs)} of {layer.width} neurons: the rest is no multiple of"
             return Skip(RULE, place, f"{reason} {self.multiple}")
-        return _merge(layer, dict(sorted(pairs.items())[:count]), neurons.scales, program)
+        return _merge(layer, dict(sorted(pairs.items())[:count]), rows.scales, program)
 
 
-class _Neurons:
-    """The rows of one layer, each divided by its factor: equal rows are equal neurons."""
-
-    def __init__(self, layer: HiddenLayer, program: Program) -> None:
-        self.rows: list[Tensor] = []
-        self.slack: list[float] = []
-        self.scales = torch.ones(layer.width, dtype=torch.float64)
-        for linear in layer.first:
-            self._add(linear, freedom(layer, linear, program), program)
-        for vector in layer.vectors:
-            self.rows.append(program.weights[str(vector.target)].double()[:, None])
-            self.slack.append(0.0)
-
-    def _add(self, linear: Linear, free: str, program: Program) -> None:
+def _rows(layer: HiddenLayer, program: Program) -> EqualRows:
+    """The rows of one layer: equal rows are equal neurons."""
+    found = EqualRows(layer.width)
+    for linear in layer.first:
         rows, bias = linear.matrix(program).double(), linear.offset(program)
         rows = rows if bias is None else torch.cat([rows, bias.double()[:, None]], dim=1)
-        if free != EXACT:
-            scale = rows.norm(dim=1)
-            largest = rows.gather(1, rows.abs().argmax(1, keepdim=True)).flatten()
-            scale = scale * largest.sign() if free == ANY else scale
-            scale = torch.where(scale == 0, 1.0, scale)
-            rows, self.scales = rows / scale[:, None], self.scales * scale
         eps = torch.finfo(program.weights[linear.weight].dtype).eps
-        self.rows.append(rows)
-        self.slack.append(0.0 if free == EXACT else 2 * eps)
-
-    def pairs(self) -> dict[int, int]:
-        """Returns neuron -> the first neuron equal to it, for all that have one before them."""
-        generator = torch.Generator().manual_seed(0)
-        places = torch.zeros_like(self.scales)
-        for rows in self.rows:
-            direction = torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype)
-            places += rows @ direction / direction.norm()
-        window = 1e-12 + 4 * max(self.slack)
-        return dict(self._neighbours(places, window))
-
-    def _neighbours(self, places: Tensor, window: float) -> Iterator[tuple[int, int]]:
-        """Compares each neuron with the kept ones whose projection is within `window`."""
-        kept: list[int] = []
-        values = places.tolist()
-        for index in sorted(range(len(values)), key=lambda i: (values[i], i)):
-            kept = [k for k in kept if values[index] - values[k] <= window]
-            same = next((k for k in kept if self._is_same(index, k)), None)
-            if same is None:
-                kept.append(index)
-            else:
-                yield index, same
-
-    def _is_same(self, left: int, right: int) -> bool:
-        return all(
-            float((rows[left] - rows[right]).abs().max()) <= slack
-            for rows, slack in zip(self.rows, self.slack, strict=True)
-        )
+        found.add(rows, freedom(layer, linear, program), eps)
+    for vector in layer.vectors:
+        found.add(program.weights[str(vector.target)].double()[:, None], EXACT, 0.0)
+    return found
 
 
 def _merge(layer: HiddenLayer, pairs: dict[int, int], scales: Tensor, program: Program) -> Action:

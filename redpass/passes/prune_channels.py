@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
 from redpass.analysis.linears import linears
+from redpass.analysis.rungs import check_rungs, check_word
 from redpass.analysis.widths.cuts import Rung, removal_order, rungs
-from redpass.analysis.widths.ladders import check_ladder, ladder, named, saving, uniform
+from redpass.analysis.widths.ladders import KINDS, ladder, named, saving, step_of, uniform
 from redpass.analysis.widths.narrowing import Width, narrow, widths
 from redpass.analysis.widths.places import ChannelPlaces, channel_places
 from redpass.analysis.widths.statistics import views, why_not_measured
@@ -29,9 +30,10 @@ class PruneChannels:
     """Leaves out channels that the layers which read them can do without.
 
     What: hidden widths of feed-forwards (plain, gated, fused gate and up), channels of convolutions
-    through batch norms, sums, concatenations and depthwise convolutions, and hidden widths between
-    other linears. All weights that have the width are cut; those that read it are fitted anew by
-    ridge regression, biases (or a batch norm's running mean behind) take up what is constant.
+    through batch norms, sums, concatenations, gates, depthwise and grouped convolutions (of those,
+    whole groups), and hidden widths between other linears. All weights that have the width are cut;
+    those that read it are fitted anew by ridge regression, biases (or a batch norm's running mean
+    behind) take up what is constant.
     When: never by itself. Each width has a ladder of candidates; the predicted loss is the squared
     error put into the residual stream (or the reader's output) over its squared norm, on
     calibration batches that were not fitted on.
@@ -64,7 +66,9 @@ class PruneChannels:
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans a ladder of actions for each width, widest first."""
-        check_ladder(self.name, self.kinds, self.shares, self.multiple)
+        check_rungs(self.name, self.shares, self.multiple)
+        for kind in self.kinds:
+            check_word(self.name, "kind of width", kind, KINDS)
         found = facts.get(channel_places)
         if not found.by_label:
             return Plan(skips=(Skip(RULE, "graph", "no linear reads what another one computes"),))
@@ -79,13 +83,14 @@ class PruneChannels:
                 continue
             counts[label] = wanted.get(label, []) if wanted is not None else self._counts(width)
             if not counts[label] and wanted is None:
-                reason = f"no smaller width of {width.size} is a multiple of {self.multiple}"
+                step = step_of(width, self.multiple)
+                reason = f"no smaller width of {width.size} is a multiple of {step}"
                 skips.append(Skip(RULE, label, reason))
         actions = list(self._actions(program, facts, {k: v for k, v in counts.items() if v}))
         return Plan(uniform(actions, found) if self.together else tuple(actions), tuple(skips))
 
     def _counts(self, width: Width) -> list[int]:
-        return ladder(width.size, self.shares, self.multiple)
+        return ladder(width.size, self.shares, step_of(width, self.multiple))
 
     def _skips(self, found: ChannelPlaces) -> Iterator[Skip]:
         for label, kind in found.kinds.items():

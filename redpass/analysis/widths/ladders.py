@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -18,19 +19,12 @@ from redpass.program import Program
 KINDS = ("feed-forward", "channels", "hidden")
 
 
-def check_ladder(place: str, kinds: Sequence[str], shares: Sequence[float], multiple: int) -> None:
-    """Raises `UsageError` for an unknown kind, a share outside of (0, 1), or a multiple below 1."""
-    for kind in kinds:
-        if kind not in KINDS:
-            hint = nearest(kind, KINDS)
-            raise UsageError(f"no width is of the kind '{kind}'", place=place, hint=hint)
-    for share in shares:
-        if not 0 < share < 1:
-            hint = "shares are what is left: 0.75 leaves three quarters"
-            raise UsageError(f"a share of {share} cannot be left", place=place, hint=hint)
-    if multiple < 1:
-        hint = "1 allows every width"
-        raise UsageError(f"no width is a multiple of {multiple}", place=place, hint=hint)
+def step_of(width: Width, multiple: int) -> int:
+    """Returns what counts of units are a multiple of, so that their places are one of `multiple`.
+
+    A unit is a channel, or a group of a grouped convolution with all its channels.
+    """
+    return multiple // math.gcd(multiple, *(holder.block for holder in width.holders))
 
 
 def ladder(size: int, shares: Sequence[float], multiple: int) -> list[int]:
@@ -60,9 +54,10 @@ def named(
         if not 1 <= count < size:
             hint = f"it has {size} channels: leave 1 to {size - 1}"
             raise UsageError(f"'{name}' leaves {text or 'no'} channels", place=place, hint=hint)
-        if count % multiple:
-            hint = f"take {max(multiple, count - count % multiple)}, or give multiple=1"
-            text = f"'{name}' leaves {count} channels, no multiple of {multiple}"
+        step = step_of(found.by_label[label], multiple)
+        if count % step:
+            hint = f"take {max(step, count - count % step)}, or give multiple=1"
+            text = f"'{name}' leaves {count} channels, no multiple of {step}"
             raise UsageError(text, place=place, hint=hint)
         wanted[label].add(count)
     return {label: sorted(counts, reverse=True) for label, counts in wanted.items()}

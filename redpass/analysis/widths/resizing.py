@@ -55,7 +55,8 @@ def _named(
     if ops.is_call(node, "split", "split_with_sizes") and isinstance(axes[0], list):
         return 1, _pieces(node, axes, sizes)
     if ops.is_call(node, *CONVOLUTIONS) and ops.argument(node, "groups") != 1:
-        return GROUPS if len(node.args) > GROUPS else "groups", length(axes[1], sizes)
+        left = length(axes[1], sizes) * int(ops.argument(node, "groups")) // length(axes[1], {})
+        return GROUPS if len(node.args) > GROUPS else "groups", left
     if ops.is_call(node, "layer_norm", "rms_norm"):
         named: Any = node.args[1]
         return 1, _shape(named, axes[-len(named) :], sizes)
