@@ -38,7 +38,7 @@ class SliceStream:
     Not tried: norms inside the sum (post-norm), streams that no layer or RMS norm reads. What is no
     linear map gets a product at the border. Each stream is turned at full width first and compared.
     Costs: one calibration run, two where its moments exceed 2 GiB; time with the cube of the width
-    for each norm; memory for the new weights of all rungs. Replaying a recipe needs the same data.
+    and memory with its square for each norm and rung. Replaying a recipe needs the same data.
     Source: see `redpass.analysis.rotations.bases`.
 
     Attributes:

@@ -44,6 +44,8 @@ class Turning:
         self._units: dict[str, str] = {}
         self._stored: list[Edit] = []
         self._used = set(program.weights)
+        # One tensor each, however many weights are multiplied by it.
+        self._inwards, self._plain = turned.inwards, plain(turned)
 
     def edits(self) -> tuple[Edit, ...]:
         """All edits, in an order in which none undoes another."""
@@ -107,10 +109,10 @@ class Turning:
     def matrix(self, by: str) -> Tensor:
         """What an axis of a weight is multiplied by, behind its gain, `[d, k]`."""
         if by == WRITES:
-            return self.basis.inwards
+            return self._inwards
         if by == READS:
-            return self.basis.outwards
-        return self.fits.get(by, plain(self.basis)).matrix
+            return self._plain.matrix
+        return self.fits.get(by, self._plain).matrix
 
     def gain(self, by: str) -> Tensor | None:
         """The gain `[d]` of the norm that an axis is behind; None for none."""
@@ -123,7 +125,7 @@ class Turning:
         """What the readers of a norm's result add to it, `[d]`, before their own weights."""
         if by not in self.norms:
             return torch.zeros(self.stream.width, dtype=torch.float64)
-        found, gain = self.fits.get(by, plain(self.basis)).shift, self.gain(by)
+        found, gain = self.fits.get(by, self._plain).shift, self.gain(by)
         found = found if gain is None else found * gain
         bias = self.norms[by].bias
         return found if bias is None else found + self.program.weights[bias].double().flatten()
@@ -189,7 +191,7 @@ class Turning:
         """
         weight = self.program.weights[tie.weight]
         table = weight.double().movedim(tie.axis, -1)
-        inwards = self.basis.inwards
+        inwards = self._inwards
         metric = table.T @ table
         inner = inwards.T @ metric @ inwards
         back = torch.linalg.lstsq(inner, inwards.T @ metric, driver="gelsd").solution
@@ -206,7 +208,7 @@ class Turning:
         for turn in turns_of(tie):
             if turn.by != WRITES:
                 yield from self._copied(turn)
-        yield Multiply(tie.weight, tie.axis, self.basis.inwards)
+        yield Multiply(tie.weight, tie.axis, self._inwards)
 
 
 def _product(
