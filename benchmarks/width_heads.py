@@ -2,10 +2,11 @@
 
     python benchmarks/width_heads.py --model gpt2 --seeds 0,1,2
 
-Every layer keeps the same share of its heads. `clusters`: heads that look at the same tokens share
-queries and keys (`cluster_heads`), against clusters of the same sizes with members drawn by chance.
-`pruning`: whole heads go (`prune_heads`), by measured contribution, by the norm of their columns of
-the output projection, and by chance. Each with the output projection as it was and fitted anew. A
+`clusters`: heads that look at the same tokens share queries and keys (`cluster_heads`), against
+clusters of the same sizes with members drawn by chance; the same share of heads in every layer, or
+`allocated`: counts by layer from the predicted losses (`redpass.budget.allocation`). `pruning`:
+whole heads go (`prune_heads`), by measured contribution, by the norm of their columns of the output
+projection, and by chance. Each with the output projection as it was and fitted anew. A
 seed picks half of the calibration rows, and what is drawn; figures are from reporting rows. Written
 to `results/width_heads.json` after each result, which are not made again, and the tables anew.
 """
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -37,12 +39,16 @@ from redpass.analysis.heads.fits import HeadFits
 from redpass.analysis.heads.ladders import Offer, cluster_offer, counts_of, prune_offers
 from redpass.analysis.heads.similarity import head_similarity
 from redpass.analysis.heads.sites import HeadSite, head_sites
+from redpass.budget.allocation import allocated
+from redpass.budget.candidates import Candidate
 from redpass.data import Batches
 from redpass.facts import Facts
+from redpass.passes.cluster_heads import ClusterHeads
 from redpass.plan import Action, ResizeState
 
 SHARES = (0.75, 0.5)
 METHODS = (
+    "allocated clusters, alike", "allocated clusters, random",
     "clusters, alike", "clusters, random",
     "pruning, contribution", "pruning, magnitude", "pruning, random",
 )  # fmt: skip
@@ -57,18 +63,50 @@ class Task:
     facts: Facts
     seed: int
 
+    @cached_property
+    def ladder(self) -> list[Candidate]:
+        """Steps of all layers to fewer clusters, in the order in which to take them."""
+        fits, pool = HeadFits(self.bench.program, self.facts.data()), list[Candidate]()
+        for site in self.facts.get(head_sites).found.values():
+            offers = {n: self.alike(site, n)[1] for n in range(1, site.heads)}
+            found = fits.fits(site, {n: offer.cut for n, offer in offers.items()}, refit=True)
+            for count, fit in found.items():
+                assert not isinstance(fit, str), fit
+                saving = {"heads": float(site.heads - count)}
+                target = f"{site.label}@{count}"
+                action = Action("heads", target, (), "", {}, saving, fit.loss, place=site.label)
+                pool.append(Candidate(ClusterHeads(), action))
+        return allocated(pool, lambda action: action.saving["heads"])
+
+    def counts(self, share: float) -> dict[str, int]:
+        """Returns how many clusters each layer gets, by label, so that a share of all is left."""
+        sites = self.facts.get(head_sites).found
+        counts = {label: site.heads for label, site in sites.items()}
+        least = share * sum(counts.values())
+        for candidate in self.ladder:
+            label, _, count = candidate.action.target.partition("@")
+            if sum(counts.values()) - counts[label] + int(count) >= least:
+                counts[label] = int(count)
+        return counts
+
+    def alike(self, site: HeadSite, count: int, *, random: bool = False) -> tuple[int, Offer]:
+        """Returns clusters of heads that are alike, or of the same sizes by chance."""
+        costs = self.facts.get(head_similarity)[site.label].distances
+        found = clusters(costs, count, site.groups)
+        if random:
+            found = random_clusters(found, costs, 1000 * self.seed + site.branch.layer)
+        made = cluster_offer(site, found, "gather")
+        assert isinstance(made, Offer), made
+        return count, made
+
     def offer(self, site: HeadSite, method: str, share: float) -> tuple[int, Offer]:
         """Returns the cut of one layer, and how many heads it leaves."""
-        count = counts_of(site.heads, [share])[0]
-        if method.startswith("clusters"):
-            costs = self.facts.get(head_similarity)[site.label].distances
-            found = clusters(costs, count, site.groups)
-            if method.endswith("random"):
-                found = random_clusters(found, costs, 1000 * self.seed + site.branch.layer)
-            made = cluster_offer(site, found, "gather")
-        else:
-            made = next(iter(prune_offers(site, self.scores(site, method), [share], ()).items()))
-            count, made = made
+        if "clusters" in method:
+            same = counts_of(site.heads, [share])[0]
+            count = self.counts(share)[site.label] if method.startswith("allocated") else same
+            return self.alike(site, count, random=method.endswith("random"))
+        scores = self.scores(site, method)
+        count, made = next(iter(prune_offers(site, scores, [share], ()).items()))
         assert isinstance(made, Offer), made
         return count, made
 
@@ -86,6 +124,8 @@ class Task:
         fits = HeadFits(self.bench.program, self.facts.data())
         cuts: dict[str, list[Action]] = {"": [], ", refitted": []}
         for site in self.facts.get(head_sites).found.values():
+            if method.startswith("allocated") and self.counts(share)[site.label] == site.heads:
+                continue
             count, offer = self.offer(site, method, share)
             fit = fits.fits(site, {count: offer.cut}, refit=True)[count]
             assert not isinstance(fit, str), fit
@@ -147,6 +187,11 @@ def table(name: str, kept: Mapping[str, object]) -> list[str]:
 
 
 RATIOS = (
+    ("allocated clusters: alike / random",
+     "allocated clusters, alike", "allocated clusters, random"),
+    ("allocated clusters, refitted: alike / random",
+     "allocated clusters, alike, refitted", "allocated clusters, random, refitted"),
+    ("clusters: allocated / not", "allocated clusters, alike", "clusters, alike"),
     ("clusters: alike / random", "clusters, alike", "clusters, random"),
     ("clusters, refitted: alike / random",
      "clusters, alike, refitted", "clusters, random, refitted"),

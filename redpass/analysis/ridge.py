@@ -109,9 +109,3 @@ def fitted(sums: Sums, strength: float, *, has_bias: bool) -> Tensor:
     mean = float(sums.gram.diagonal().mean())
     matrix = sums.gram + torch.diag(ridge * max(strength * mean, 1e-12))
     return torch.linalg.solve(matrix, sums.cross)
-
-
-def best_change(fit: Sums, held: Sums, *, has_bias: bool) -> tuple[Tensor, float]:
-    """Returns the change of `best_fit` and its strength."""
-    found = best_fit((fit, held), has_bias=has_bias)
-    return found.change, found.strength
