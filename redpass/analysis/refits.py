@@ -29,6 +29,7 @@ from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
 from redpass.analysis.ridge import Sums, best_fit, is_held_back
 from redpass.analysis.structure import Branch, structure
+from redpass.analysis.tokens import Tokens
 from redpass.data import Batches
 from redpass.facts import Facts
 from redpass.partial import unchanged
@@ -114,6 +115,9 @@ def _places(
             skips[branch.label] = reason or "the loaded model has no such value of the stream"
             continue
         stream = branch.join if branch.form == "post-norm" else branch.after
+        if Tokens(program).width(stream) != Tokens(original).width(target):
+            skips[branch.label] = "the stream is narrower than the loaded model's"
+            continue
         yield _Place(branch, linear, stream, target)
 
 

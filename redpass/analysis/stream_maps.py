@@ -93,15 +93,16 @@ def stream_maps(program: Program, facts: Facts, rank: int = 0) -> tuple[StreamMa
 
 def _gaps(program: Program, original: Program, facts: Facts) -> Iterator[_Gap]:
     """The places where branches of the loaded model are missing, before a branch that is kept."""
-    rows, old = Tokens(program), structure(original).branches
+    rows, loaded, old = Tokens(program), Tokens(original), structure(original).branches
     matched = match_branches(facts.get(structure).branches, old)
     kept = {place for _, place in matched}
     for branch, place in matched:
         if not place or place - 1 in kept or old[place - 1].after != old[place].entry:
             continue
-        value = program.nodes[branch.entry].meta["val"]
-        if value.dim() >= 2 and rows.width(branch.entry) == value.shape[-1]:
-            yield _Gap(branch.entry, old[place - 1].after, branch.label)
+        value, target = program.nodes[branch.entry].meta["val"], old[place - 1].after
+        width = rows.width(branch.entry)
+        if value.dim() >= 2 and width == value.shape[-1] and width == loaded.width(target):
+            yield _Gap(branch.entry, target, branch.label)
 
 
 def _fit(compared: Compared, gap: _Gap, rank: int) -> StreamMap | None:

@@ -28,8 +28,11 @@ from redpass.analysis.rotations.sites import streams
 from redpass.data import Batches
 from redpass.errors import DataError, PassError, UsageError
 from redpass.facts import Facts
+from redpass.lineage import extend
 from redpass.passes.drop_branches import DropBranches
+from redpass.passes.map_stream import MapStream
 from redpass.passes.prune_channels import PruneChannels
+from redpass.passes.refit_projections import RefitProjections
 from redpass.passes.slice_stream import SliceStream
 from redpass.plan import Action, Narrow, Plan, SetArgument, SetWeight, WeightRef
 from redpass.program import Program
@@ -456,3 +459,16 @@ def test_a_run_takes_it_beside_other_reductions_and_replays(residual, residual_d
     again = replay(residual, result.record.recipe, data=residual_data.calibration)
     x = torch.randn(2, 3, 8)
     assert torch.equal(again(x)[0], result.program(x)[0])
+
+
+def test_repairs_towards_the_loaded_stream_leave_a_narrower_one_alone(residual, residual_data):
+    data = residual_data.calibration
+    [cut] = plan(residual, data, only=("stream@12",)).actions
+    drops = DropBranches().plan(residual, Facts(residual, data)).actions
+    both = (cut, next(a for a in drops if a.target.startswith("layers.2")))
+    after = replace(rewrite.apply(residual, both), lineage=extend(residual, residual, both))
+    for repair in (RefitProjections(), MapStream()):
+        found = repair.plan(after, Facts(after, data).restrict(tuple(repair.needs)))
+        assert not found.actions
+    reasons = {skip.reason for skip in RefitProjections().plan(after, Facts(after, data)).skips}
+    assert reasons == {"the stream is narrower than the loaded model's"}
