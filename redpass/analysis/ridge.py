@@ -108,4 +108,5 @@ def fitted(sums: Sums, strength: float, *, has_bias: bool) -> Tensor:
         ridge[-1] = 1e-6
     mean = float(sums.gram.diagonal().mean())
     matrix = sums.gram + torch.diag(ridge * max(strength * mean, 1e-12))
-    return torch.linalg.solve(matrix, sums.cross)
+    found: Tensor = torch.linalg.solve(matrix, sums.cross)
+    return found
