@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,13 +44,25 @@ def fake_call(
     known = instead or {}
     args = fx.node.map_arg(node.args, lambda n: known[n] if n in known else n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n] if n in known else n.meta["val"])
-    # A few kernels refuse symbolic sizes; their decompositions take them. For the one that is
-    # known to, nothing else is tried: torch logs the failure at length.
-    if not ops.is_call(node, "baddbmm"):
+    # A few kernels refuse symbolic sizes, or guard on them; their decompositions take them. For
+    # those that are known to, nothing else is tried: torch logs the failure at length.
+    if not _needs_decomposition(node, args):
         with contextlib.suppress(RuntimeError), mode:
             return node.target(*args, **kwargs)  # type: ignore[operator]
     with enable_python_dispatcher(), mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _needs_decomposition(node: fx.Node, values: tuple[Any, ...]) -> bool:
+    """Whether the op itself would not take symbolic sizes, or would fix them.
+
+    Attention whose values have other heads or another width than its keys fixes them before
+    torch 2.13; functions of redpass may call it.
+    """
+    if ops.is_call(node, "scaled_dot_product_attention"):
+        key, value = values[1].shape, values[2].shape
+        return bool(key[-1] != value[-1] or (len(key) == 4 and key[1] != value[1]))
+    return ops.is_call(node, "baddbmm") or isinstance(node.target, FunctionType)
 
 
 def is_same_size(left: Any, right: Any) -> bool:
