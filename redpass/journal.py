@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from redpass import atomic
-from redpass.errors import BudgetError, DataError, OutputError, RedpassError, VerifyError
+from redpass.errors import DataError, OutputError, RedpassError, ResourceError, VerifyError
 from redpass.progress import Listener
 
 JSON = Any
@@ -38,6 +38,9 @@ _KEPT_ERRORS: dict[str, type[RedpassError]] = {
     kind.__name__: kind for kind in (DataError, VerifyError)
 }
 """Errors that are findings about a candidate: they would be raised again by the same work."""
+
+_OF_THE_MACHINE = (OutputError, ResourceError)
+"""Errors that the same command need not end in again."""
 
 
 class Journal:
@@ -150,9 +153,9 @@ class Journal:
 def kept_until_done(journal: Journal, listener: Listener) -> Iterator[None]:
     """Tells what the journal was opened with, and removes it where there is nothing to resume.
 
-    That is after a budget that cannot be met, and before the first figure; what ends the block
-    otherwise (a signal, a full disk, a fault) leaves the records for the next run, and carries
-    a note that says so.
+    That is after an error that the same command would end in again (a budget that cannot be met,
+    say), and before the first figure; what ends the block otherwise (a signal, a full disk, a lack
+    of memory, a fault) leaves the records for the next run, and carries a note that says so.
     """
     if journal.note and journal.is_warning:
         warnings.warn(journal.note, stacklevel=1)
@@ -160,10 +163,10 @@ def kept_until_done(journal: Journal, listener: Listener) -> Iterator[None]:
         listener.message(journal.note)
     try:
         yield
-    except BudgetError:
-        journal.remove()
-        raise
     except BaseException as error:
+        if isinstance(error, RedpassError) and not isinstance(error, _OF_THE_MACHINE):
+            journal.remove()
+            raise
         journal.remove_if_empty()
         if journal.path is not None and journal.found + journal.computed:
             error.add_note("what was measured is kept: run the same command with --resume")

@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from redpass import journal as module
-from redpass.errors import DataError, OutputError, RedpassError, VerifyError
+from redpass.errors import (
+    BudgetError,
+    DataError,
+    OutputError,
+    PassError,
+    RedpassError,
+    ResourceError,
+    VerifyError,
+)
 from redpass.journal import Journal
+from redpass.progress import Silent
 
 FIGURES = {"a": 0.1 + 0.2, "b": [1, None, "\u2028 \n é"], "c": {"x": -0.0, "y": 1e-320}}
 
@@ -218,3 +227,38 @@ def test_lines_that_are_no_records(path: Path, text: str) -> None:
     with file.open("a") as out:
         out.write(f"{module._checksum(text)} {text}\n")
     assert Journal.open(path, "work").found == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (BudgetError("missed"), False),
+        (PassError("nothing to do"), False),
+        (DataError("NaN"), False),
+        (OutputError("the disk is full"), True),
+        (ResourceError("not enough memory"), True),
+        (ZeroDivisionError(), True),
+        (KeyboardInterrupt(), True),
+    ],
+)
+def test_figures_stay_for_what_the_same_command_may_not_end_in_again(
+    path: Path, error: BaseException, stays: bool
+) -> None:
+    traced = module.traced_of(path)
+    traced.write_text("a program")
+    with module.cleared_when_done(path):
+        pass
+    assert not traced.exists(), "nothing stays of a run that went well"
+    journal = Journal.open(path, "work", fresh=True)
+    traced.write_text("a program")
+
+    def run() -> None:
+        with module.cleared_when_done(path), module.kept_until_done(journal, Silent()):
+            journal.recall("a", lambda: 1)
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    assert traced.exists() == stays
+    assert bool(list(path.parent.iterdir())) == stays
+    assert any("--resume" in note for note in getattr(error, "__notes__", ())) == stays

@@ -27,6 +27,19 @@ _GETS = frozenset({"BINGET", "LONG_BINGET", "GET"})
 _MARK, _OPAQUE = object(), object()
 
 
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """Whether an instruction takes all down to a mark, what it takes beside that, what it puts."""
+    names = [each.name for each in opcode.stack_before]
+    pops = names.index("mark") if "mark" in names else len(names)
+    return "mark" in names, pops, len(opcode.stack_after)
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+_OTHERS = frozenset(_EFFECTS) - (
+    _PLAIN | _PUTS | _GETS | {*_TUPLES, "MARK", "TUPLE", "BINPERSID", "MEMOIZE"}
+)
+
+
 @dataclass
 class Player:
     """The stack of a pickle, instruction by instruction.
@@ -42,7 +55,9 @@ class Player:
     def play(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Plays one instruction. Raises IndexError, KeyError, ValueError on what no pickle does."""
         name, stack = opcode.name, self._stack
-        if name in _PLAIN:
+        if name in _OTHERS:
+            self._other(name)
+        elif name in _PLAIN:
             stack.append(argument)
         elif name in _PUTS:
             self._memo[int(argument)] = stack[-1]
@@ -59,17 +74,17 @@ class Player:
         elif name == "BINPERSID":
             self._ask(stack.pop())
             stack.append(_OPAQUE)
-        else:
-            self._other(opcode)
 
-    def _other(self, opcode: pickletools.OpcodeInfo) -> None:
+    def _other(self, name: str) -> None:
         """Takes off and puts on as many values as the instruction says, all of them opaque."""
-        names = [each.name for each in opcode.stack_before]
-        if "mark" in names:
+        is_marked, pops, pushes = _EFFECTS[name]
+        if is_marked:
             self._to_mark()
-            names = names[: names.index("mark")]
-        self._pop(len(names))
-        self._stack.extend(_OPAQUE for _ in opcode.stack_after)
+        if pops > len(self._stack):
+            raise IndexError(f"{name} with nothing to work on")
+        if pops:
+            del self._stack[-pops:]
+        self._stack += (_OPAQUE,) * pushes
 
     def _pop(self, count: int) -> tuple[Any, ...]:
         found = tuple(self._stack.pop() for _ in range(count))

@@ -101,7 +101,7 @@ def _advice(port: Port, value: Tensor) -> str:
         first = port.shape[0]
         if isinstance(first, int) and port.shape[1:] == tuple(value.shape[1:]):
             return f"this model takes {first} rows at a time: --batch-size {first}"
-    return f"expected {port}"
+    return "give rows of that dtype and those sizes, each column under the name of its input"
 
 
 def _sizes(program: Program, batch: Mapping[str, Tensor]) -> dict[str, int]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from redpass.checks.source import existing, unknown
-from redpass.errors import UsageError
+from redpass.errors import RedpassError, UsageError
 from redpass.frontend import adapt, batches, huggingface, pickled, pt2, pt2_ports, specs
 from redpass.frontend.adapt import Adapted
-from redpass.frontend.trace import finish, trace, warn_of_nan
+from redpass.frontend.trace import finish, forward_fails, trace, warn_of_nan
 from redpass.program import Origin, Program
 
 Example = Mapping[str, Tensor] | Sequence[Tensor]
@@ -146,7 +146,23 @@ def _trace(
             call=adapted.call,
             ranges=adapted.ranges,
         )
-    return _without_data(program) if fake else program
+    if fake:
+        return _without_data(program)
+    if inputs or example is not None:
+        _check_run(program, adapted.example)
+    return program
+
+
+def _check_run(program: Program, example: Mapping[str, Tensor]) -> None:
+    """Raises `TraceError` for inputs of a dtype that traces and cannot be run."""
+    if program.is_fake:
+        return
+    try:
+        program(**example)
+    except RedpassError:
+        return  # a size that was lengthened to be traced and turned out to be fixed
+    except Exception as error:
+        raise forward_fails(example, error) from error
 
 
 def _without_data(program: Program) -> Program:

@@ -42,7 +42,8 @@ def parse(text: str) -> InputSpec:
         raise UsageError(f"'{text}' is no input spec", place="--input", hint=FORM)
     name, dtype = found["name"], found["dtype"]
     if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}' of '{name}'", hint=nearest(dtype, DTYPES))
+        hint = nearest(dtype, DTYPES)
+        raise UsageError(f"unknown dtype '{dtype}' of '{name}'", place="--input", hint=hint)
     axes = [axis.strip() for axis in found["axes"].split(",")] if found["axes"].strip() else []
     for axis in axes:
         if not _AXIS.fullmatch(axis):

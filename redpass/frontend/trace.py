@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -192,7 +193,12 @@ def _export(
 def _export_once(flat: _Flat, ready: Dims) -> torch.export.ExportedProgram:
     values = tuple(ready.example.values())
     shapes = (ready.dynamic_shapes(),) if values else None
-    return torch.export.export(flat.eval(), values, dynamic_shapes=shapes, strict=False)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # what fails is told as an error, not at length
+    try:
+        return torch.export.export(flat.eval(), values, dynamic_shapes=shapes, strict=False)
+    finally:
+        log.disabled = before
 
 
 def _check_forward(flat: _Flat, ready: Dims) -> None:
@@ -202,13 +208,21 @@ def _check_forward(flat: _Flat, ready: Dims) -> None:
     except RedpassError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name}{list(v.shape)}" for name, v in ready.example.items())
-        raise TraceError(
-            f"the forward fails on the example inputs ({shapes}): {_first_line(error)}",
-            place=_user_line(error).removeprefix(" at ") or None,
-            hint="check names, dtypes and shapes of the example inputs, or give others with "
-            "--input 'name:dtype[sizes]'",
-        ) from error
+        raise forward_fails(ready.example, error) from error
+
+
+def forward_fails(example: Mapping[str, Tensor], error: Exception) -> TraceError:
+    """Returns the error for a model that does not run on `example`."""
+    shapes = ", ".join(
+        f"{name}:{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        for name, value in example.items()
+    )
+    return TraceError(
+        f"the forward fails on the example inputs ({shapes}): {_first_line(error)}",
+        place=_user_line(error).removeprefix(" at ") or None,
+        hint="check names, dtypes and shapes of the example inputs, or give others with "
+        "--input 'name:dtype[sizes]'",
+    )
 
 
 def _cannot_trace(error: Exception) -> TraceError:

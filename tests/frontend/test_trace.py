@@ -167,6 +167,19 @@ def test_a_fixed_dimension_is_noted_with_the_line():
     assert any(f"'steps' is fixed to {steps} at {__file__}" in n for n in program.origin.notes)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_inputs_of_a_dtype_that_traces_and_does_not_run(dtype):
+    with pytest.raises(TraceError, match=rf"forward fails .*input:{dtype}\[.*same dtype") as caught:
+        load(nn.Linear(4, 4).eval(), inputs=[f"input:{dtype}[batch,4]"])
+    assert caught.value.hint
+
+
+def test_what_fails_while_tracing_is_not_logged_at_length(capfd):
+    with pytest.raises(TraceError, match="forward fails"):
+        load(nn.Linear(4, 4).eval(), inputs=["input:float32[batch,5]"])
+    assert capfd.readouterr().err == ""
+
+
 def test_a_forward_that_fails_gives_the_models_own_message():
     class Fails(nn.Module):
         def forward(self, x):
@@ -175,7 +188,7 @@ def test_a_forward_that_fails_gives_the_models_own_message():
     with pytest.raises(TraceError) as caught:
         load(Fails(), example={"x": torch.randn(2, 3)})
     assert "ValueError: needs a square input" in str(caught.value)
-    assert "x[2, 3]" in str(caught.value)
+    assert "x:float32[2, 3]" in str(caught.value)
     assert "test_trace.py" in str(caught.value)
 
 
