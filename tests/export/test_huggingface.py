@@ -23,7 +23,9 @@ from redpass.facts import Facts
 from redpass.lineage import extend
 from redpass.passes.drop_layers import DropLayers
 from redpass.passes.prune_channels import PruneChannels
+from redpass.passes.prune_heads import PruneHeads
 from redpass.passes.refit_projections import RefitProjections
+from redpass.passes.shrink_heads import ShrinkHeads
 from redpass.plan import Action, DropState, Replace, SetArgument, SetWeight, WeightRef
 from redpass.program import Lineage, Program
 from redpass.runtime.causal_lm import CausalLM
@@ -360,3 +362,24 @@ def test_numbers_that_say_sizes_are_found_by_trying() -> None:
     assert found == {**config, "heads": 4, "inner": 40, "parts": {"kv_heads": 2}}
     with pytest.raises(ExportError, match=r"no number .* \[16, 15\] in place of \[16, 16\]"):
         narrower(config, {"0.q": (32, 16), "0.k": (16, 15)}, build)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_fewer_heads_in_one_fused_projection_are_refused(
+    load: Load, name: str, tmp_path: Path
+) -> None:
+    """Side by side or head by head: a configuration has no word for them."""
+    program = load(name)
+    facts = Facts(program, random_tokens(2))
+    for pass_, target in (
+        (PruneHeads(shares=(0.5,)), "@2"),
+        (ShrinkHeads(shares=(0.5,), multiple=1), "values@4"),
+    ):
+        plan = pass_.plan(program, facts.restrict(tuple(pass_.needs)))
+        actions = [a for a in plan.actions if a.target.endswith(target)]
+        assert len(actions) == 3
+        after = rewrite.apply(program, actions)
+        after = replace(after, lineage=extend(program, program, actions))
+        with pytest.raises(ExportError, match=r"(?s)no module of the source.*model.pt2"):
+            to_huggingface(after, tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()

@@ -153,7 +153,7 @@ class Values:
         bias = None if self.bias is None else self.bias.double() + change @ self.mean
         part = _turned(self.program, self.side, down)
         loss = float(((change @ self.gram) * change).sum()) * self.scale
-        return HeadCut(value=part, output=output, output_bias=bias), loss
+        return HeadCut(value=part, output=output, output_bias=bias), max(loss, 0.0)
 
     def _fitted(self, whole: Tensor) -> Tensor:
         """The output projection of least squared error on the narrow heads."""

@@ -1,6 +1,6 @@
 """`find_planes`: which channels of queries and keys rotary positions turn together.
 
-Whatever the layout (`c` with `c + d / 2`, neighbours, complex numbers), a rotation adds two
+Whatever the layout (`c` with `c + d / 2`, or neighbours), a rotation adds two
 products with tables: one of a channel with a cosine, one of its partner with a sine. The indices
 that `provenance` carries through the graph tell which channel meets which. Two channels of one
 frequency are a plane. What commutes with all rotations is one complex factor for each plane; what
@@ -24,6 +24,7 @@ from redpass.analysis.provenance import UNKNOWN
 from redpass.analysis.records import Norm
 from redpass.analysis.rotary import rotations
 from redpass.analysis.structure import structure
+from redpass.analysis.tokens import Tokens
 from redpass.facts import Facts
 
 MASK = (1 << SHIFT) - 1
@@ -67,6 +68,9 @@ def find_planes(site: HeadSite, facts: Facts) -> Planes | str:
     points = {side.kind: _point(site, side) for side in sides}
     if None in points.values():
         return "no value holds its rotated heads side by side"
+    widths = [Tokens(site.program).width(node.name) for node in points.values() if node]
+    if widths != [side.heads * side.width for side in sides]:
+        return "which axis of its rotated heads holds positions could not be told"
     norms = _norms(site, facts, sides[0].width)
     if isinstance(norms, str):
         return norms

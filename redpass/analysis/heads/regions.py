@@ -149,6 +149,12 @@ class _Region:
             if isinstance(sizes[at], int) and sizes[at] != -1:
                 sizes[at] = expected.shape[axis]
             args[1] = sizes
+        elif ops.is_call(node, "unflatten") and axis is not None:
+            parts: Any = list(args[2])  # type: ignore[arg-type]
+            first = axis - int(args[1]) % (node.meta["val"].dim() - len(parts) + 1)  # type: ignore[arg-type]
+            if 0 <= first < len(parts) and parts[first] != -1:
+                parts[first] = expected.shape[axis]
+            args[2] = parts
         elif ops.is_call(node, "slice"):
             args = self._sliced(node)
         elif ops.is_call(node, "split_with_sizes", "split"):
