@@ -17,6 +17,9 @@ from redpass import ops
 from redpass.errors import PassError
 from redpass.program import Program
 
+FIXES_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether torch fixes symbolic sizes of products of batches (2.11 does)."""
+
 
 def fake_mode(program: Program) -> FakeTensorMode:
     """Returns the mode the program's fake values belong to."""
@@ -62,6 +65,8 @@ def _needs_decomposition(node: fx.Node, values: tuple[Any, ...]) -> bool:
     if ops.is_call(node, "scaled_dot_product_attention"):
         key, value = values[1].shape, values[2].shape
         return bool(key[-1] != value[-1] or (len(key) == 4 and key[1] != value[1]))
+    if ops.is_call(node, "matmul"):
+        return FIXES_PRODUCTS
     return ops.is_call(node, "baddbmm") or isinstance(node.target, FunctionType)
 
 
