@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from redpass import ops, rewrite
@@ -176,7 +177,8 @@ class _Trace:
             return function(*fx.node.map_arg(arguments, known.__getitem__))
 
         values = [operand.meta["val"] for operand in operands]
-        with fake_mode(self.program):
+        # Before torch 2.13 products of batches fix symbolic sizes outside of Python's dispatcher.
+        with fake_mode(self.program), enable_python_dispatcher():
             return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
     def _step(self, step: fx.Node) -> Iterator[Edit]:
