@@ -60,7 +60,7 @@ def check_possible(budget: Budget, original: Program, data: Data) -> None:
 
 
 def _check_metric(metric: str, original: Program, split: str, originals: Originals) -> None:
-    """Raises `DataError` where a metric cannot be measured on a split, as found before if it was."""
+    """Raises `DataError` where a metric cannot be measured on a split; recalled if it was."""
     name = f"check of {metric}, {split}, {len(originals.batches)} batches"
     originals.journal.recall(name, lambda: find_metric(metric).check(original, originals.batches))
 
