@@ -86,8 +86,8 @@ class MergeEqualNeurons:
         gone = torch.tensor(sorted(same.pairs)[:count])
         keep = torch.tensor([u for u in range(width.size) if u not in set(gone.tolist())])
         repairs = merges(width, same, gone, keep)
-        if repairs is None:
-            return Skip(CHANNELS, place, "too many places read its channels one by one")
+        if isinstance(repairs, str):
+            return Skip(CHANNELS, place, repairs)
         return Action(
             CHANNELS,
             place,

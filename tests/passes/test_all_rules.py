@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 OTHERS = {
     "__init__", "spec", "depth", "drop_branches", "refit_projections", "map_stream",
     "factor_linears", "shrink_heads", "prune_channels", "cache_latents", "drop_key_channels",
-    "heads", "cluster_heads", "prune_heads", "merge_key_value_heads", "slice_stream",
+    "heads", "caches", "cluster_heads", "prune_heads", "merge_key_value_heads", "slice_stream",
 }  # fmt: skip
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 

@@ -120,6 +120,24 @@ def test_what_is_left_alone(check_pass):
     ]
 
 
+def test_equal_channels_of_convolutions_merge_and_others_are_left_alone(check_pass):
+    b = Builder()
+    x = b.input("x", "batch", 3, 5, 5)
+    outs = []
+    for i, (value, outs_) in enumerate(((planted(ins=27, copies=COPIES), 8), (rand(6, 27), 6))):
+        kernel = b.weight(f"first{i}", value.reshape(outs_, 3, 3, 3))
+        h = b.call(aten.relu.default, b.call(aten.conv2d.default, x, kernel))
+        second = b.weight(f"second{i}", rand(4, outs_, 1, 1, seed=i))
+        outs.append(b.call(aten.conv2d.default, h, second))
+    inputs = [[rand(n, 3, 5, 5)] for n in (1, 3)]
+    checked = check_pass(MergeEqualNeurons(multiple=1), b.program(*outs), inputs, "channels")
+    assert width(checked, "first0") == 6
+    assert "no two channels are equal" in {skip.reason for skip in checked.plan.skips}
+
+
+COPIES = ((5, 2, 1.0), (7, 0, 3.5))
+
+
 @given(
     data=st.data(),
     act=st.sampled_from([aten.gelu.default, aten.relu.default, aten.leaky_relu.default]),

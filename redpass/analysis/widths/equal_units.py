@@ -149,8 +149,8 @@ def _lets_through(node: fx.Node, norm: BatchNorm | None) -> bool:
     return ops.is_view(node) or ops.base_name(node) in known
 
 
-def merges(width: Width, found: EqualUnits, gone: Tensor, keep: Tensor) -> dict[str, Repair] | None:
-    """Returns weight of a reader -> what its slices that stay take over; None if that is too much.
+def merges(width: Width, found: EqualUnits, gone: Tensor, keep: Tensor) -> dict[str, Repair] | str:
+    """Returns weight of a reader -> what its slices that stay take over; or why that is too much.
 
     Args:
         gone: units that go, `keep` those that stay, both rising.
@@ -159,7 +159,7 @@ def merges(width: Width, found: EqualUnits, gone: Tensor, keep: Tensor) -> dict[
     for reader in width.readers:
         lost, stay = reader.features(gone), reader.features(keep)
         if len(lost) * len(stay) > LARGEST:
-            return None
+            return "too many places read its channels one by one"
         spread = torch.zeros(len(lost), len(stay), dtype=torch.float64)
         for row, column, factor in _entries(reader, found, gone):
             spread[torch.searchsorted(lost, row), torch.searchsorted(stay, column)] = factor
