@@ -176,6 +176,7 @@ def table(name: str, kept: Mapping[str, object]) -> list[str]:
             found = [increase(run[method][str(share)], whole) for run in done] or [math.nan]
             means[method, share] = statistics.fmean(found)
             shown = f"{means[method, share]:.4f} ({min(found):.4f} to {max(found):.4f})"
+            shown += f", {len(done)} seeds" if len(done) < len(runs) else ""
             cells.append(shown if done else "not measured")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", f"| ratio | {' | '.join(head)} |", "|---|---|---|"]
