@@ -17,6 +17,7 @@ from redpass.analysis.rotations.edits import APART, MIXED, Turning
 from redpass.analysis.rotations.records import Stream
 from redpass.analysis.rotations.statistics import StreamMoments
 from redpass.analysis.rotations.ties import split
+from redpass.analysis.rungs import check_rungs, check_word
 from redpass.data import Batches
 from redpass.errors import PassError, UsageError, nearest
 from redpass.facts import Facts
@@ -50,17 +51,12 @@ class Rung:
 
 def check_options(place: str, shares: Sequence[float], multiple: int, tied: str, kind: str) -> None:
     """Raises `UsageError` for a share outside of (0, 1], a multiple below 1, an unknown word."""
-    for share in shares:
-        if not 0 < share <= 1:
-            hint = "shares are what is left: 0.9 leaves nine tenths, 1.0 turns and cuts nothing"
-            raise UsageError(f"a share of {share} cannot be left", place=place, hint=hint)
+    check_rungs(place, shares, whole=True)
     if multiple < 1:
         hint = "1 allows every width"
         raise UsageError(f"no width is a multiple of {multiple}", place=place, hint=hint)
-    for word, known, what in ((tied, TIED, "tied"), (kind, BASES, "basis")):
-        if word not in known:
-            hint = nearest(word, known) or f"one of {', '.join(known)}"
-            raise UsageError(f"no {what} is called '{word}'", place=place, hint=hint)
+    check_word(place, "tied", tied, TIED)
+    check_word(place, "basis", kind, BASES)
 
 
 def counts(stream: Stream, shares: Sequence[float], multiple: int) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from redpass.analysis.observers import CrossGram, Observer, Spread
-from redpass.analysis.ridge import HELD_BACK
+from redpass.analysis.ridge import is_held_back
 from redpass.analysis.statistics import LIMIT, Statistics, collect, footprint
 from redpass.analysis.structure import Structure
 from redpass.analysis.tokens import Tokens
@@ -97,7 +97,7 @@ def fitted_and_held(data: Batches) -> tuple[Batches, Batches | None]:
     """Returns the batches that are fitted on, and those held back; None where there is one."""
     if len(data) < 2:
         return data, None
-    held = [n for n in range(len(data)) if n % HELD_BACK == HELD_BACK - 1 or n == 1]
+    held = [n for n in range(len(data)) if is_held_back(n)]
     fitted = [n for n in range(len(data)) if n not in held]
     first, second = (Batches(tuple(data[n] for n in part), data.source) for part in (fitted, held))
     return first, second
