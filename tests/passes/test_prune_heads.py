@@ -9,7 +9,7 @@ import torch
 from attending import DIM, Attending, check_same
 from torch import Tensor
 
-from redpass import rewrite
+from redpass import bench, rewrite
 from redpass.analysis.cost import total_cost
 from redpass.analysis.heads.contributions import head_contributions, kept_heads, shapes
 from redpass.analysis.heads.sites import head_sites
@@ -72,6 +72,16 @@ def test_heads_that_add_nothing_go_for_nothing(kind: str) -> None:
     assert now.kv_bytes_per_token == (2 * keys * DIM * 4 if what.cache else 0)
     kept = {name.removesuffix(f"_heads{left}") for name in after.weights}
     assert kept <= set(program.weights)
+
+
+def test_a_smaller_cache_is_timed_beside_the_one_it_was() -> None:
+    what = replace(ALONE, cache=True)
+    program, batches = what.program(), what.batches()
+    after = rewrite.apply(program, planned(program, batches, shares=(0.5,)).actions)
+    assert after.signature.inputs != program.signature.inputs
+    runners, sizes = ("eager", "onnxruntime"), [{"batch": 2, "seq": 1, "past": 5}]
+    table = bench.compare(program, after, runners=runners, sizes=sizes, rounds=3, threads=1)
+    assert [row.failure for row in table.rows] == ["", ""]
 
 
 def test_contribution_is_what_a_head_adds() -> None:
