@@ -1,6 +1,7 @@
 """Kills `redpass optimize` at random moments and resumes it: same bytes, hardly anything twice.
 
-    python benchmarks/kills.py [--kills 20] [--rows 256] [--model vit] [--look 0] [-- MORE]
+    python benchmarks/kills.py [--kills 20] [--each 1] [--rows 256] [--model vit] [--look 0]
+        [-- MORE]
 
 MORE are further words for `optimize`, such as `--search allocated`.
 
@@ -8,6 +9,8 @@ Cost is processor time of the killed and the resumed run together, from the star
 with what they start themselves, against one undisturbed run. What the journal does not hold
 (imports, planning, the values that candidates share) is done twice: its share shrinks as the search
 grows.
+
+With --each N one run is killed N times before it may end, and what a kill costs is their mean.
 
 With --look N only one run goes to its end. The journal is laid out as each kill would leave it, and
 the resumed run is stopped after N new records: all that it repeats lies before them, and what
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -135,6 +139,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--model", default="vit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=1)
     parser.add_argument("--look", type=int, default=0)
     parser.add_argument("more", nargs="*")
     if sys.argv[1:2] == ["--child"]:
@@ -160,29 +165,44 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     if options.look:
         laid_out(whole, words, counts, options)
         return
-    chance, ratios, wrong, repeated = random.Random(options.seed), [], 0, []
-    for number in range(options.kills):
-        killed = start(words, counts, chance.uniform(0.02, 0.98) * whole.wall)
-        kept = records(folder)
-        again = start([*words, "--resume"], counts)
+    chance, costs, wrong, repeated, kills = random.Random(options.seed), [], 0, [], 0
+    for number in range(0, options.kills, options.each):
+        count = min(options.each, options.kills - number)
+        done, kept = disturbed(words, counts, chance, whole.wall, count)
         same = model_files(out) == expected and not list(folder.glob(".out*"))
-        total = kept + again.counts["computed"]
-        repeated.append(total - whole.counts["computed"])
-        ratios.append((killed.cpu + again.cpu) / whole.cpu)
         wrong += not same
+        repeated.append(sum(kept) + done[-1].counts["computed"] - whole.counts["computed"])
+        kills += (died := len(done) - 1)
+        costs.append((sum(run.cpu for run in done) / whole.cpu - 1) / max(died, 1))
         print(
-            f"{number:3d}: killed with {kept} records, {again.counts['computed']} computed in the "
-            f"rest, same bytes: {same}, "
-            f"cost {100 * (ratios[-1] - 1):+.1f}%",
+            f"{number:3d}: killed with {', '.join(map(str, kept))} new records, "
+            f"{done[-1].counts['computed']} computed in the rest, same bytes: {same}, "
+            f"cost of a kill {100 * costs[-1]:+.1f}%",
             flush=True,
         )
     print(
-        f"{options.kills - wrong} of {options.kills} with the same bytes and nothing left behind; "
-        f"records computed twice: {max(repeated)} at most, and what was under way when it died; "
-        f"cost: median {100 * (statistics.median(ratios) - 1):+.1f}%, "
-        f"worst {100 * (max(ratios) - 1):+.1f}%"
+        f"{len(costs) - wrong} of {len(costs)} runs, {kills} kills: same bytes, nothing left "
+        f"behind; records computed twice: {max(repeated)} at most, and what was under way when it "
+        f"died; cost of a kill: median {100 * statistics.median(costs):+.1f}%, "
+        f"worst {100 * max(costs):+.1f}%"
     )
     sys.exit(bool(wrong or max(repeated) > 0))
+
+
+def disturbed(
+    words: list[str], counts: Path, chance: random.Random, wall: float, kills: int
+) -> tuple[list[Done], list[int]]:
+    """Returns what each part of a run cost, and the records each killed part added."""
+    done, kept, folder = [], [0], counts.parent
+    for number in range(kills):
+        after = chance.uniform(0.04, 1.96) * wall / (kills + 1)
+        done.append(start([*words, *["--resume"] * bool(number)], counts, after))
+        kept.append(records(folder))
+        if done[-1].code == 0:  # it was done before it was killed
+            break
+    else:
+        done.append(start([*words, "--resume"], counts))
+    return done, [now - before for before, now in itertools.pairwise(kept)]
 
 
 def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Namespace) -> None:
