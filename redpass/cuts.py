@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from redpass.errors import PassError
-from redpass.plan import Multiply, Narrow
+from redpass.plan import Multiply, Narrow, ShrinkSizes
 
 
 class Cuts:
@@ -91,3 +93,22 @@ def _shifted(bias: Tensor, lost: Tensor, shift: Tensor) -> Tensor:
     """`bias` with the lost slices, weighted and summed over all axes but the outputs', added."""
     total = lost.double().flatten(2).sum(2) if lost.dim() > 2 else lost.double()
     return (bias.double() + shift.double() @ total).to(bias.dtype)
+
+
+def shrink_sizes(node: fx.Node, edit: ShrinkSizes) -> None:
+    """Takes numbers off the sizes that an argument of `node` is: a list, or one number.
+
+    Raises:
+        PassError: nothing would be left of a size.
+    """
+    at = edit.argument
+    old: Any = node.args[at] if isinstance(at, int) else node.kwargs[at]
+    sizes = old if isinstance(old, list | tuple) else [old]
+    new = [size - by if by else size for size, by in zip(sizes, edit.by, strict=True)]
+    if any(by and size < 1 for size, by in zip(new, edit.by, strict=True)):
+        raise PassError(f"nothing is left of {sizes} less {list(edit.by)}", place=node.name)
+    value = new if isinstance(old, list | tuple) else new[0]
+    if isinstance(at, int):
+        node.update_arg(at, value)
+    else:
+        node.update_kwarg(at, value)

@@ -84,14 +84,21 @@ class SetCall:
     """Gives a node other arguments and keeps its operation and its readers.
 
     Arguments as in `Insert`; None leaves the positional ones, which other actions may change, as
-    they are. Sizes may change: all fake values behind it are computed again once
-    all edits are done, so a chain of views is resized by one such edit for each view that names a
-    size.
+    they are. Sizes may change: all fake values behind it are computed again after all edits.
     """
 
     node: str
     args: tuple[Any, ...] | None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShrinkSizes:
+    """Takes `by` off the sizes that an argument of a call is, besides what other actions take."""
+
+    node: str
+    argument: int | str
+    by: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -200,20 +207,8 @@ class Erase:
     node: str
 
 
-Edit = (
-    Insert
-    | Replace
-    | SetArgument
-    | SetCall
-    | SetWeight
-    | Narrow
-    | Multiply
-    | DropState
-    | ResizeState
-    | DropTerm
-    | Bypass
-    | Erase
-)
+Calls = Insert | Replace | SetArgument | SetCall | ShrinkSizes | DropTerm | Bypass | Erase
+Edit = Calls | SetWeight | Narrow | Multiply | DropState | ResizeState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from redpass import ops
-from redpass.cuts import Cuts
+from redpass.cuts import Cuts, shrink_sizes
 from redpass.errors import PassError
 from redpass.fake import Sizes, fake_mode, fake_tensor, is_same_size
 from redpass.plan import (
@@ -33,6 +33,7 @@ from redpass.plan import (
     SetArgument,
     SetCall,
     SetWeight,
+    ShrinkSizes,
     WeightRef,
 )
 from redpass.program import Program, Signature, copy_graph, output_node
@@ -179,6 +180,10 @@ class _Draft:
             node.args = fx.node.map_aggregate(edit.args, self._resolve)
         node.kwargs = fx.node.map_aggregate(dict(edit.kwargs), self._resolve)
         self.sizes.changed.add(node)
+
+    def _ShrinkSizes(self, edit: ShrinkSizes) -> None:
+        shrink_sizes(self.nodes[edit.node], edit)
+        self.sizes.changed.add(self.nodes[edit.node])
 
     def _SetWeight(self, edit: SetWeight) -> None:
         if edit.name in self.weights:

@@ -9,7 +9,7 @@ from redpass.budget.spec import Budget
 from redpass.data import Splits
 from redpass.errors import BudgetError, DataError, UsageError
 from redpass.passes import default_pipeline
-from redpass.passes.spec import parse_passes
+from redpass.passes.spec import as_passes
 from redpass.plan import Exactness, Pass
 
 
@@ -22,23 +22,19 @@ def chosen_passes(
         reduce: approximate passes that take the place of the default pipeline's.
 
     Raises:
-        UsageError: both are given, or an exact pass in `reduce`.
+        UsageError: both are given, an exact pass in `reduce`, or what is no pass or option.
     """
     if passes is not None and reduce is not None:
         hint = "--passes is the whole list, --reduce a part of the default one: give one of them"
         raise UsageError("passes are given twice", place="--reduce", hint=hint)
     if passes is not None:
-        return _parsed(passes)
-    wanted = _parsed(reduce or ())
+        return as_passes(passes)
+    wanted = as_passes(reduce or ())
     for pass_ in wanted:
         if pass_.exactness is not Exactness.APPROXIMATE:
             hint = "the exact passes of the default pipeline run anyway"
             raise UsageError(f"'{pass_.name}' is exact", place="--reduce", hint=hint)
     return default_pipeline(approximate=bool(budget.limits or wanted), reduce=wanted)
-
-
-def _parsed(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
-    return parse_passes(passes) if isinstance(passes, str) else tuple(passes)
 
 
 def preflight(passes: Sequence[Pass], budget: Budget, data: Splits | None) -> None:

@@ -27,7 +27,7 @@ from redpass.config import Settings
 from redpass.data import Batches
 from redpass.engine import Engine
 from redpass.errors import UsageError, nearest
-from redpass.passes.spec import parse_passes
+from redpass.passes.spec import as_passes
 from redpass.plan import Action, Pass
 from redpass.program import Program
 from redpass.progress import Listener, Silent, track
@@ -94,7 +94,7 @@ def choose(
     _check(share, cost, of, search)
     judged = metric or _usual_metric(program, data)
     find_metric(judged).check(program, data)
-    parsed = parse_passes(passes) if isinstance(passes, str) else tuple(passes)
+    parsed = as_passes(passes)
     engine = Engine(program, Settings(check="rules"), listener or Silent(), seed, data)
     job = _Job(engine, judged, cost, _allowed(program, share, cost, of))
     job.run(parsed, search, seed)

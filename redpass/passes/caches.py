@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from redpass.analysis.caches.ladders import Ladder, check_ladder, label_of, ranks_of, saving
+from redpass.analysis.caches.ladders import Ladder, label_of, ranks_of, saving, wanted_ranks
 from redpass.analysis.caches.moments import Moments, cache_moments
 from redpass.analysis.caches.parts import Factors
 from redpass.analysis.caches.sites import NO_CACHE, CacheSide, cache_sites
@@ -33,32 +33,34 @@ def ladders(rule: str, facts: Facts, options: Ladder, kinds: Sequence[str], star
         DataError: no calibration data.
     """
     sites = facts.get(cache_sites)
-    check_ladder(options, sites)
+    wanted = wanted_ranks(options, sites, kinds)
     if not facts.program.signature.state:
         return Plan(skips=(Skip(rule, "graph", NO_CACHE),))
     moments = cache_moments(facts.program, facts, sites, options.size)
-    found = (
+    places = {label_of(*key): (key, cache) for key, cache in sites.found.items() if key[1] in kinds}
+    return Plan.of(
         item
-        for (label, kind), cache in sites.found.items()
-        if kind in kinds
-        for item in _ladder(
-            rule, options, label_of(label, kind), cache, moments.get((label, kind)), start
-        )
+        for place, (key, cache) in places.items()
+        if place in wanted or not wanted
+        for item in _ladder(rule, options, place, cache, moments.get(key), start, wanted)
     )
-    return Plan.of(item for item in found if not options.only or item.target in options.only)
 
 
 def _ladder(
     rule: str, options: Ladder, place: str, cache: CacheSide | str, moments: Moments | None,
-    start: Start,
+    start: Start, wanted: Mapping[str, Sequence[int]],
 ) -> Iterator[Action | Skip]:  # fmt: skip
     rule = f"{rule.partition('.')[0]}.{place.rpartition('/')[2]}"
     if isinstance(cache, str) or moments is None:
         yield Skip(rule, place, str(cache))
         return
+    sizes = wanted.get(place) or ranks_of(options, cache)
+    if not sizes:
+        full = cache.width * options.size
+        yield Skip(rule, place, f"no rank below {full} is a multiple of {options.multiple}")
     try:
         rung = start(cache, moments)
-        for size in ranks_of(options, cache):
+        for size in sizes:
             factors, edits, loss, words, evidence = rung(size)
             off = f"{words}: {100 * loss:.3g}% of the stream is off"
             gain = saving(cache, factors, edits)

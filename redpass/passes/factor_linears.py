@@ -14,8 +14,8 @@ from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.ranks.sites import Sites, sites
 from redpass.analysis.ranks.truncation import LowRank, by_fisher, plain, whitened
-from redpass.analysis.rungs import check_rungs, check_word
-from redpass.errors import UsageError, nearest
+from redpass.analysis.rungs import check_rungs, check_word, read_target
+from redpass.errors import UsageError
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
@@ -90,17 +90,11 @@ class FactorLinears:
         """Label -> the ranks that the user named."""
         found: dict[str, tuple[int, ...]] = {}
         for target in self.only:
-            label, _, text = target.rpartition("@")
+            label, rank = read_target(self.name, target, {**known.found, **known.skips}, "linear")
             if label in known.skips:
                 raise UsageError(known.skips[label], place=label, hint="leave it out of `only`")
-            if label not in known.found:
-                hint = nearest(label or target, known.found)
-                raise UsageError(f"no linear is called '{label}'", place=self.name, hint=hint)
-            if not text.isdecimal():
-                hint = f"write {label}@64 for rank 64"
-                raise UsageError(f"'{text}' is no rank", place=label, hint=hint)
-            known.found[label].check(int(text))
-            found[label] = (*found.get(label, ()), int(text))
+            known.found[label].check(rank)
+            found[label] = (*found.get(label, ()), rank)
         return found
 
     def _rungs(

@@ -33,7 +33,7 @@ def ladders(
         DataError: no calibration data, or too little to fit on and hold back.
     """
     place = rule.partition(".")[0]
-    check_rungs(place, shares)
+    check_rungs(place, shares, some=False)
     sites = facts.get(head_sites)
     wanted = named(only, sites, place)
     skips = () if only else tuple(Skip(rule, *item) for item in sites.reasons.items())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
-from typing import Any
+from dataclasses import MISSING, Field, fields, replace
+from typing import Any, get_args, get_origin, get_type_hints
 
 from redpass.checks.requests import Call, check_call, parse_calls
 from redpass.errors import UsageError
@@ -29,6 +29,64 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     return tuple(map(_build, calls))
 
 
+def as_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
+    """Returns passes given as a spec, or as a row of passes and specs, their options checked.
+
+    Raises:
+        UsageError: what `parse_passes` raises, something that is no pass, or an option of another
+            type than it takes.
+    """
+    rows = [passes] if isinstance(passes, str) else passes
+    found = ((each,) if not isinstance(each, str) else parse_passes(each) for each in rows)
+    return tuple(_checked(pass_) for row in found for pass_ in row)
+
+
+def _checked(pass_: Any) -> Pass:
+    """The pass with tuples where lists were given."""
+    if isinstance(pass_, type) or not isinstance(pass_, Pass):
+        hint = "give e.g. 'prune_channels(multiple=16)', or PruneChannels(multiple=16)"
+        raise UsageError(f"{pass_!r} is no pass", hint=hint)
+    if type(pass_) not in PASSES.values():
+        return pass_
+    given = {option.name: getattr(pass_, option.name) for option in _options(type(pass_))}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    for name, hint in _hints(type(pass_)).items():
+        if not _is_of(lists.get(name, given[name]), hint):
+            text = f"'{name}' takes {_words(hint)}, found {given[name]!r}"
+            raise UsageError(text, place=pass_.name, hint=f"e.g. {name}={_example(hint)}")
+    return replace(pass_, **lists) if lists else pass_  # type: ignore[type-var]
+
+
+KINDS = {float: ("number", "0.5"), int: ("whole number", "8"), str: ("name", "'a'")}
+"""Types of options: what they are called, and an example."""
+
+
+def _hints(kind: type[Pass]) -> dict[str, Any]:
+    found = get_type_hints(kind)
+    return {option.name: found[option.name] for option in _options(kind)}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        return isinstance(value, tuple) and all(_is_of(each, inner) for each in value)
+    if hint in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int | hint)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"{KINDS[get_args(hint)[0]][0]}s"
+    return f"a {KINDS[hint][0]}" if hint in KINDS else "True or False"
+
+
+def _example(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"({KINDS[get_args(hint)[0]][1]},)"
+    return KINDS[hint][1] if hint in KINDS else "False"
+
+
 def format_pass(pass_: Pass) -> str:
     """Returns the spec of a pass: its name, and the options that differ from their defaults."""
     changed = [
@@ -47,23 +105,16 @@ def format_passes(passes: Sequence[Pass]) -> str:
 def _build(call: Call) -> Pass:
     kind = PASSES[call.name]
     known = {option.name: option for option in _options(kind)}
-    given = {name: _literal(value, known[name], call.name) for name, value in call.options.items()}
-    return kind(**given)
+    return _checked(kind(**{n: _literal(v, known[n]) for n, v in call.options.items()}))
 
 
-def _literal(value: ast.expr, option: Field[Any], name: str) -> Any:
+def _literal(value: ast.expr, option: Field[Any]) -> Any:
     try:
         found = ast.literal_eval(value)
     except ValueError:
         found = ast.unparse(value)  # a bare word stands for itself: kinds=attention
-    default = _default(option)
-    if isinstance(default, tuple) and not isinstance(found, tuple):
-        found = (found,)
-    fits = isinstance(found, type(default)) or (isinstance(default, float) and type(found) is int)
-    if default is not None and not fits:
-        kind = type(default).__name__
-        raise UsageError(f"'{option.name}' takes a {kind}, found {found!r}", place=name)
-    return found
+    is_one = isinstance(_default(option), tuple) and not isinstance(found, tuple | list)
+    return (found,) if is_one else found
 
 
 def _options(kind: type[Pass]) -> tuple[Field[Any], ...]:

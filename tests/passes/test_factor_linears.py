@@ -247,7 +247,7 @@ def test_without_data_only_the_plain_truncation_is_to_be_had() -> None:
         ({"only": ("w@0",)}, "rank from 1 to 24"),
         ({"only": ("w@25",)}, "rank from 1 to 24"),
         ({"only": ("w@20",)}, "give a rank up to 14"),
-        ({"only": ("w@many",)}, "no rank"),
+        ({"only": ("w@many",)}, "does not say how much is left"),
         ({"only": ("v@4",)}, "did you mean|known: w"),
     ],
 )

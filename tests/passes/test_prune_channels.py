@@ -158,7 +158,8 @@ BAD = {
     "layers.0.feed-forward@32": "leaves 32 channels",
     "layers.0.feed-forward@99": "leaves 99 channels",
     "layers.0.feed-forward@12": "no multiple of 8",
-    "layers.0.feed-forward": "no width is called",
+    "layers.0.feed-forward": "does not say how much is left",
+    "layers.0.feed-forward@²": "does not say how much is left",
     "layers.7.feed-forward@16": "no width is called",
     "stream@4": "cannot be cut",
 }

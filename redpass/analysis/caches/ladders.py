@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from redpass.analysis.caches.parts import Factors
 from redpass.analysis.caches.sites import CacheSide, CacheSites
-from redpass.analysis.rungs import check_rungs
-from redpass.errors import UsageError, nearest
+from redpass.analysis.rungs import check_rungs, read_target
+from redpass.errors import UsageError
 from redpass.plan import Edit, Insert, Ref, Replace, SetArgument, SetWeight
 
 PLURAL = {"key": "keys", "value": "values"}
@@ -42,8 +42,13 @@ def label_of(label: str, kind: str) -> str:
     return f"{label}/{PLURAL[kind]}"
 
 
-def check_ladder(ladder: Ladder, sites: CacheSites) -> None:
-    """Refuses what no cache can be cut to.
+def wanted_ranks(
+    ladder: Ladder, sites: CacheSites, kinds: Sequence[str]
+) -> Mapping[str, tuple[int, ...]]:
+    """Returns the ranks that `only` names, by cache, falling; all it names can be had.
+
+    Args:
+        kinds: the sides that the pass cuts: `key`, `value`.
 
     Raises:
         UsageError: shares outside of 0 to 1, ranks below one or above the full one, groups that
@@ -52,14 +57,19 @@ def check_ladder(ladder: Ladder, sites: CacheSites) -> None:
     check_rungs(ladder.place, ladder.shares, ladder.multiple, whole=True)
     if ladder.size < 1:
         raise UsageError(f"group_size={ladder.size}", place=ladder.place, hint="give at least 1")
-    for (label, kind), side in sites.found.items():
+    sides = {label_of(*key): side for key, side in sites.found.items() if key[1] in kinds}
+    for label, side in sides.items():
         if isinstance(side, CacheSide):
-            _check_cache(ladder, label_of(label, kind), side)
-    known = [label_of(*key) for key in sites.found]
+            _check_cache(ladder, label, side)
+    found: dict[str, tuple[int, ...]] = {}
     for target in ladder.only:
-        if (name := target.partition("@")[0]) not in known:
-            hint = nearest(name, known)
-            raise UsageError(f"no cache is called '{name}'", place=ladder.place, hint=hint)
+        label, rank = read_target(ladder.place, target, sides, "cache")
+        side = sides[label]
+        if isinstance(side, str):
+            raise UsageError(f"'{label}' cannot be cut: {side}", place=ladder.place)
+        _check_rank(rank, label, side.width * ladder.size)
+        found[label] = tuple(sorted({rank, *found.get(label, ())}, reverse=True))
+    return found
 
 
 def _check_cache(ladder: Ladder, label: str, side: CacheSide) -> None:
@@ -70,9 +80,13 @@ def _check_cache(ladder: Ladder, label: str, side: CacheSide) -> None:
         raise UsageError(text, place=label, hint=hint)
     full = side.width * ladder.size
     for rank in ladder.ranks:
-        if not 1 <= rank <= full:
-            text = f"rank {rank} of a group that has {full} numbers a token"
-            raise UsageError(text, place=label, hint=f"give ranks from 1 to {full}")
+        _check_rank(rank, label, full)
+
+
+def _check_rank(rank: int, label: str, full: int) -> None:
+    if not 1 <= rank <= full:
+        text = f"rank {rank} of a group that has {full} numbers a token"
+        raise UsageError(text, place=label, hint=f"give ranks from 1 to {full}")
 
 
 def ranks_of(ladder: Ladder, side: CacheSide) -> tuple[int, ...]:

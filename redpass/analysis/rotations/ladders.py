@@ -17,9 +17,9 @@ from redpass.analysis.rotations.edits import APART, MIXED, Turning
 from redpass.analysis.rotations.records import Stream
 from redpass.analysis.rotations.statistics import StreamMoments
 from redpass.analysis.rotations.ties import split
-from redpass.analysis.rungs import check_rungs, check_word
+from redpass.analysis.rungs import check_rungs, check_word, read_target
 from redpass.data import Batches
-from redpass.errors import PassError, UsageError, nearest
+from redpass.errors import PassError, UsageError
 from redpass.facts import Facts
 from redpass.plan import Action, Edit
 from redpass.verify.inputs import complete
@@ -51,10 +51,7 @@ class Rung:
 
 def check_options(place: str, shares: Sequence[float], multiple: int, tied: str, kind: str) -> None:
     """Raises `UsageError` for a share outside of (0, 1], a multiple below 1, an unknown word."""
-    check_rungs(place, shares, whole=True)
-    if multiple < 1:
-        hint = "1 allows every width"
-        raise UsageError(f"no width is a multiple of {multiple}", place=place, hint=hint)
+    check_rungs(place, shares, multiple, whole=True)
     check_word(place, "tied", tied, TIED)
     check_word(place, "basis", kind, BASES)
 
@@ -78,18 +75,14 @@ def named(
     wanted: dict[str, list[int]] = {}
     labels = {stream.label: stream for stream in found}
     for name in only:
-        label, _, text = name.rpartition("@")
-        if label not in labels:
-            hint = nearest(label, labels) or "write e.g. 'stream@512'"
-            raise UsageError(f"no stream is called '{label or name}'", place=place, hint=hint)
+        label, count = read_target(place, name, labels, "stream")
         stream = labels[label]
         if stream.obstacle:
             raise UsageError(f"'{label}' cannot be cut: {stream.obstacle}", place=place)
-        count = int(text) if text.isdigit() else 0
         least = 2 if stream.has_mean else 1
         if not least <= count <= stream.width:
             hint = f"it has {stream.width} features: leave {least} to {stream.width}"
-            raise UsageError(f"'{name}' leaves {text or 'no'} features", place=place, hint=hint)
+            raise UsageError(f"'{name}' leaves {count} features", place=place, hint=hint)
         if count % multiple and count != stream.width:
             hint = f"take {max(multiple, count - count % multiple)}, or give multiple=1"
             text = f"'{name}' leaves {count} features, no multiple of {multiple}"

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from redpass.analysis import cost
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.linears import linears
+from redpass.analysis.rungs import read_target
 from redpass.analysis.widths.narrowing import Width
 from redpass.analysis.widths.places import ChannelPlaces
-from redpass.errors import UsageError, nearest
+from redpass.errors import UsageError
 from redpass.facts import Facts
 from redpass.plan import Action
 from redpass.program import Program
@@ -43,17 +44,13 @@ def named(
     """
     wanted: dict[str, set[int]] = defaultdict(set)
     for name in only:
-        label, _, text = name.rpartition("@")
-        if label not in found.by_label:
-            hint = nearest(label, found.by_label) or "write e.g. 'layers.3.feed-forward@384'"
-            raise UsageError(f"no width is called '{label or name}'", place=place, hint=hint)
+        label, count = read_target(place, name, found.by_label, "width")
         if label in found.obstacles:
             raise UsageError(f"'{label}' cannot be cut: {found.obstacles[label]}", place=place)
         size = found.by_label[label].size
-        count = int(text) if text.isdigit() else 0
         if not 1 <= count < size:
             hint = f"it has {size} channels: leave 1 to {size - 1}"
-            raise UsageError(f"'{name}' leaves {text or 'no'} channels", place=place, hint=hint)
+            raise UsageError(f"'{name}' leaves {count} channels", place=place, hint=hint)
         step = step_of(found.by_label[label], multiple)
         if count % step:
             hint = f"take {max(step, count - count % step)}, or give multiple=1"

@@ -10,7 +10,7 @@ from torch import fx
 from redpass import ops
 from redpass.analysis.axes import Axis, Dimension, resolve
 from redpass.analysis.couplings import Couplings
-from redpass.plan import Ref, SetCall
+from redpass.plan import ShrinkSizes
 
 SIZED = ("view", "reshape", "_unsafe_view", "expand")
 """Ops that name the sizes of all axes of their result."""
@@ -22,25 +22,20 @@ GROUPS = 6
 
 def resized(
     node: fx.Node, couplings: Couplings, sizes: Mapping[Dimension, int]
-) -> Iterator[SetCall]:
+) -> Iterator[ShrinkSizes]:
     """Yields the edit that gives `node` its new sizes, if it names one that changes.
 
     Args:
         sizes: dimension -> how many units it has from now on.
     """
-    name, value = _named(node, couplings, sizes)
-    args, kwargs = [*node.args], dict(node.kwargs)
-    if isinstance(name, int) and name < len(args) and args[name] != value:
-        args[name] = value
-    elif isinstance(name, str) and kwargs.get(name, value) != value:
-        kwargs[name] = value
-    else:
+    at, new = _named(node, couplings, sizes)
+    if at is None:
         return
-
-    def named(operand: fx.Node) -> Any:
-        return Ref(operand.name)
-
-    yield SetCall(node.name, *fx.node.map_arg((tuple(args), kwargs), named))
+    old: Any = node.args[at] if isinstance(at, int) else node.kwargs[at]
+    pairs = zip(*(v if isinstance(v, list | tuple) else [v] for v in (old, new)), strict=True)
+    by = tuple(0 if before is after else before - after for before, after in pairs)
+    if any(by):
+        yield ShrinkSizes(node.name, at, by)
 
 
 def _named(
