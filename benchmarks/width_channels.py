@@ -11,12 +11,9 @@ choice. Written after each seed to results/width_channels.{md,json}, beside what
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
+import math
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.leaderboard import Bench, judged, prepare
+from benchmarks.leaderboard import Bench, judged
+from benchmarks.studies import Record, run
 from redpass import rewrite
 from redpass.analysis.structure import structure
 from redpass.analysis.widths.cuts import energy_scores, removal_order, rungs
@@ -49,7 +47,6 @@ METHODS = {
 """Method -> how channels are chosen, and whether the reader is fitted anew."""
 BEST_BARE = "unrepaired, by energy"
 GOAL = 0.6
-RESULTS = Path(__file__).parent / "results"
 
 
 def cut_programs(
@@ -95,33 +92,15 @@ def orders(
     }
 
 
-def measure(
-    name: str, seeds: Sequence[int], rows: int, reporting: int, found: list[dict[str, object]]
-) -> None:
-    """Adds one record for each seed, method and share of a model."""
-    bench = prepare(name, rows, 4, reporting)
-    metric = bench.metrics[0]
-    for seed in seeds:
-        found[:] = [r for r in found if (r["model"], r["seed"]) != (name, seed)]
-        size = max(2, len(bench.calibration) // 2)
-        picked = sorted(random.Random(seed).sample(range(len(bench.calibration)), size))
-        data = Batches(tuple(bench.calibration[number] for number in picked))
-        started = time.perf_counter()
-        for method, share, program, predicted in cut_programs(bench, data, seed):
-            now = judged(bench, program)
-            loss = torch.tensor([now[metric].value, now[metric].original]).log()
-            record = {
-                "model": name, "seed": seed, "method": method, "share": share,
-                "perplexity": now[metric].value, "original": now[metric].original,
-                "increase": float(loss[0] - loss[1]), "kl": now["kl"].value,
-                "predicted": predicted,
-            }  # fmt: skip
-            found.append(record)
-            print(
-                f"{name} seed {seed} {share:.0%} {method}: {record['perplexity']:.3f}", flush=True
-            )
-        print(f"{name} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-        write(found)
+def measure(bench: Bench, seed: int, data: Batches) -> Iterator[Record]:
+    """Yields one record for each method and share."""
+    for method, share, program, predicted in cut_programs(bench, data, seed):
+        now = judged(bench, program)
+        new, old = now["perplexity"].value, now["perplexity"].original
+        yield {
+            "method": method, "share": share, "perplexity": new, "original": old,
+            "increase": math.log(new / old), "kl": now["kl"].value, "predicted": predicted,
+        }  # fmt: skip
 
 
 def table(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
@@ -159,36 +138,19 @@ def _of(found: Sequence[Mapping[str, object]], model: str, share: float, method:
     return [dict(r) for r in found if (r["model"], r["share"], r["method"]) == key]
 
 
-def write(found: Sequence[Mapping[str, object]]) -> None:
-    """Writes what is known so far."""
-    RESULTS.mkdir(exist_ok=True)
+def page(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Yields the lines of the page."""
     seeds = len({record["seed"] for record in found})
-    text = "\n".join(
-        ["# Feed-forward channels: which go, and what a repair brings", "",
-         f"{seeds} seeds, each half of the calibration rows; loss increase in nats per token on "
-         f"reporting rows; "
-         f"in brackets the original's perplexity. Goal: repaired at most {GOAL} of "
-         f"'{BEST_BARE}'.", "", *table(found), ""]
-    )  # fmt: skip
-    (RESULTS / "width_channels.md").write_text(text)
-    (RESULTS / "width_channels.json").write_text(json.dumps(list(found), indent=1))
-
-
-def main() -> None:
-    """Runs all models and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default="gpt2,qwen3")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--reporting", type=int, default=16)
-    options = parser.parse_args()
-    known = RESULTS / "width_channels.json"
-    found: list[dict[str, object]] = json.loads(known.read_text()) if known.exists() else []
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    for name in options.models.split(","):
-        measure(name, seeds, options.rows, options.reporting, found)
-    print("\n".join(table(found)))
+    yield "# Feed-forward channels: which go, and what a repair brings"
+    yield ""
+    yield (
+        f"{seeds} seeds, each half of the calibration rows; loss increase in nats per token on "
+        f"reporting rows; in brackets the original's perplexity. Goal: repaired at most {GOAL} of "
+        f"'{BEST_BARE}'."
+    )
+    yield ""
+    yield from table(found)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "width_channels", "gpt2,qwen3", measure, page)

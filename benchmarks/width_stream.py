@@ -12,9 +12,6 @@ results/width_stream.{md,json}, beside what is there already.
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
 import statistics
 import sys
 import time
@@ -25,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.leaderboard import Bench, prepare, remaining
+from benchmarks.leaderboard import Bench, remaining
+from benchmarks.studies import Record, run
 from redpass import rewrite
 from redpass.analysis.rotations.bases import Basis, basis
 from redpass.analysis.rotations.ladders import Cutter, Rung, counts
@@ -51,7 +49,6 @@ MODEL_METRICS = {"vit": ("cosine", "kl", "accuracy")}
 TEXT_METRICS = ("perplexity", "kl", "top1")
 MULTIPLES = {"vit": 1}
 """What widths are a multiple of; at a width of 64 multiples of 8 do not tell 80 from 70%."""
-RESULTS = Path(__file__).parent / "results"
 
 
 def cuts(bench: Bench, data: Batches, seed: int) -> Iterator[tuple[str, Rung, Program]]:
@@ -83,35 +80,27 @@ def _random(cutter: Cutter, widths: Sequence[int], seed: int) -> list[Basis]:
     return [basis(turned[:, : width - mean], has_mean=mean) for width in widths]
 
 
-def measure(
-    name: str, seeds: Sequence[int], rows: int, reporting: int, found: list[dict[str, object]]
-) -> None:
-    """Adds one record for each seed, method and share of a model."""
-    bench = prepare(name, rows, 4, reporting)
-    metrics = MODEL_METRICS.get(name, TEXT_METRICS)
-    for seed in seeds:
-        found[:] = [r for r in found if (r["model"], r["seed"]) != (name, seed)]
-        size = max(2, len(bench.calibration) // 2)
-        picked = sorted(random.Random(seed).sample(range(len(bench.calibration)), size))
-        data = Batches(tuple(bench.calibration[number] for number in picked))
-        for number, (method, rung, program) in enumerate(cuts(bench, data, seed)):
-            now = evaluate_all(
-                [METRICS[m] for m in metrics], program, bench.program, bench.reporting,
-                originals=bench.originals,
-            )  # fmt: skip
-            share = SHARES[number % len(SHARES)]
-            costs = remaining(bench.program, program)
-            record: dict[str, object] = {
-                "model": name, "seed": seed, "method": method, "share": share, "width": rung.width,
-                "predicted": rung.error, "original": now[metrics[0]].original,
-                **{metric: estimate.value for metric, estimate in now.items()},
-                **{f"{what} left": left for what, left in costs.items()},
-            }  # fmt: skip
-            if method == MAIN and seed == seeds[0]:
-                record["time"] = time_ratio(bench, program)
-            found.append(record)
-            print(f"{name} seed {seed} {share:.0%} {method}: {record[metrics[0]]:.4f}", flush=True)
-        write(found)
+def measure(bench: Bench, seed: int, data: Batches) -> Iterator[Record]:
+    """Yields one record for each method and share."""
+    metrics = metrics_of(bench.name)
+    for number, (method, rung, program) in enumerate(cuts(bench, data, seed)):
+        now = evaluate_all(
+            [METRICS[m] for m in metrics], program, bench.program, bench.reporting,
+            originals=bench.originals,
+        )  # fmt: skip
+        record: Record = {
+            "method": method, "share": SHARES[number % len(SHARES)], "width": rung.width,
+            "predicted": rung.error, "original": now[metrics[0]].original,
+            **{metric: estimate.value for metric, estimate in now.items()},
+            **{f"{what} left": left for what, left in remaining(bench.program, program).items()},
+        }  # fmt: skip
+        if method == MAIN and seed == 0:
+            record["time"] = time_ratio(bench, program)
+        yield record
+
+
+def metrics_of(model: str) -> tuple[str, ...]:
+    return MODEL_METRICS.get(model, TEXT_METRICS)
 
 
 def time_ratio(bench: Bench, program: Program, rounds: int = 15) -> float:
@@ -131,7 +120,7 @@ def time_ratio(bench: Bench, program: Program, rounds: int = 15) -> float:
 def table(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
     """Yields the lines of the Markdown tables."""
     for model in dict.fromkeys(str(record["model"]) for record in found):
-        metrics = MODEL_METRICS.get(model, TEXT_METRICS)
+        metrics = metrics_of(model)
         mine = [record for record in found if record["model"] == model]
         seeds = len({record["seed"] for record in mine})
         yield f"## {model}: {metrics[0]} of the original {mine[0]['original']:.4g}, {seeds} seeds"
@@ -167,35 +156,18 @@ def _line(
     )
 
 
-def write(found: Sequence[Mapping[str, object]]) -> None:
-    """Writes what is known so far."""
-    RESULTS.mkdir(exist_ok=True)
-    text = "\n".join(
-        ["# Stream width: principal directions against controls", "",
-         "Each seed fits on half of the calibration rows; figures on reporting rows. What is left "
-         "of parameters and FLOPs in percent; time is processor time over the original's, eager, "
-         "one batch. Predicted: the share of the normed stream that readers miss.", "",
-         *table(found)]
-    )  # fmt: skip
-    (RESULTS / "width_stream.md").write_text(text)
-    (RESULTS / "width_stream.json").write_text(json.dumps(list(found), indent=1))
-
-
-def main() -> None:
-    """Runs all models and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default="gpt2,qwen3,vit")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--reporting", type=int, default=16)
-    options = parser.parse_args()
-    known = RESULTS / "width_stream.json"
-    found: list[dict[str, object]] = json.loads(known.read_text()) if known.exists() else []
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    for name in options.models.split(","):
-        measure(name, seeds, options.rows, options.reporting, found)
-    print("\n".join(table(found)))
+def page(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Yields the lines of the page."""
+    yield "# Stream width: principal directions against controls"
+    yield ""
+    yield (
+        "Each seed fits on half of the calibration rows; figures on reporting rows. What is left "
+        "of parameters and FLOPs in percent; time is processor time over the original's, eager, "
+        "one batch. Predicted: the share of the normed stream that readers miss."
+    )
+    yield ""
+    yield from table(found)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "width_stream", "gpt2,qwen3,vit", measure, page)
