@@ -1,7 +1,7 @@
 """Kills `redpass optimize` at random moments and resumes it: same bytes, hardly anything twice.
 
-    python benchmarks/kills.py [--kills 20] [--each 1] [--rows 256] [--model vit] [--look 0]
-        [-- MORE]
+    python benchmarks/kills.py [--kills 20] [--each 1] [--rows 256] [--model vit] [--budget "kl<=1"]
+        [--look 0] [-- MORE]
 
 MORE are further words for `optimize`, such as `--search allocated`.
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=1)
+    parser.add_argument("--budget", default="kl<=1")
     parser.add_argument("--look", type=int, default=0)
     parser.add_argument("more", nargs="*")
     if sys.argv[1:2] == ["--child"]:
@@ -154,7 +155,8 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     write_data(options.model, data, options.rows)
     words = [
         "optimize", str(ROOT / "testbed/weights" / options.model), "--data", str(data),
-        "--budget", "kl<=1", "--out", str(out), "--force", "--no-bench", "--quiet", *options.more,
+        "--budget", options.budget, "--out", str(out), "--force", "--no-bench", "--quiet",
+        *options.more,
     ]  # fmt: skip
     whole = start(words, counts)
     expected = model_files(out)
