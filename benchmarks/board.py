@@ -135,6 +135,8 @@ def plot(board: Board, path: Path) -> None:
     axes.set(xlabel=f"{board.what} left, %", ylabel=metric, title=board.name)
     axes.invert_xaxis()
     axes.set_yscale("log" if metric == "perplexity" else "linear")
+    for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        part(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(*_window(board))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

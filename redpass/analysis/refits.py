@@ -101,7 +101,9 @@ def _places(
 ) -> Iterator[_Place]:
     """The projections that write to the stream behind, or next before, what was changed."""
     old = structure(original).branches
-    matched = match_branches(facts.get(structure).branches, old)
+    branches = facts.get(structure).branches
+    matched = match_branches(branches, old)
+    mapped = {branch.entry for branch in branches} - {branch.entry for branch, _ in matched}
     dropped = sorted(set(range(len(old))) - {place for _, place in matched})
     first = _first_change(program, old, dropped)
     known = facts.get(linears)
@@ -110,6 +112,8 @@ def _places(
             continue
         linear = _projection(program, branch, known.by_node)
         reason = _why_not(branch, linear, known.shared(linear.names) if linear else None)
+        if branch.after in mapped:
+            reason = "a map of the stream behind it is fitted already"
         target = _target(old, place, {*dropped})
         if reason or linear is None or target not in original.nodes:
             skips[branch.label] = reason or "the loaded model has no such value of the stream"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from building import Builder, aten
 from test_depth_passes import STILL, tower
-from test_refit_projections import rows, without
+from test_refit_projections import error, refitted, rows, without
 
 import redpass
 from redpass import rewrite
@@ -99,3 +99,14 @@ def test_a_map_that_costs_the_goal_is_refused():
     (record,) = (a for a in result.record.actions if a.pass_name == "map_stream")
     assert record.outcome == "refused"
     assert "the cost goal is not reached any more" in record.why
+
+
+def test_a_refit_leaves_the_projection_whose_sum_a_map_reads():
+    original = tower(4)
+    dropped = without(original, 2)
+    plan, with_map = mapped(dropped, rows(0))
+    assert plan.actions
+    refit, after = refitted(with_map, rows(0))
+    reasons = [skip.reason for skip in refit.skips]
+    assert reasons.count("a map of the stream behind it is fitted already") == 1
+    assert error(after, original) <= error(with_map, original)
