@@ -39,6 +39,7 @@ from redpass.passes.drop_key_channels import DropKeyChannels
 from redpass.plan import Action, Pass
 from redpass.program import Program
 from redpass.verify.metrics import METRICS, evaluate_all
+from redpass.verify.sizes import concrete
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.75, 0.5, 0.25)
@@ -54,6 +55,7 @@ PLAIN: dict[str, Make] = {
     "control: random directions": lambda: CacheLatents(
         SHARES, multiple=1, basis="random", refit=False
     ),
+    "latents, 32 tokens in full": lambda: CacheLatents(SHARES, multiple=1, window=32),
     "latents, groups of 4 heads": lambda: CacheLatents(SHARES, multiple=1, group_size=4),
     "keys only: channels": lambda: DropKeyChannels(SHARES, multiple=1),
     "keys only: channels, no refit": lambda: DropKeyChannels(SHARES, multiple=1, refit=False),
@@ -64,6 +66,9 @@ PLAIN: dict[str, Make] = {
 ROTARY: dict[str, Make] = {
     "latents": PLAIN["latents"],
     "latents, keys rebuilt": lambda: CacheLatents(SHARES, multiple=1, keys="rebuilt"),
+    "latents, keys rebuilt, 32 tokens in full": lambda: CacheLatents(
+        SHARES, multiple=1, keys="rebuilt", window=32
+    ),
     "latents, keys rebuilt, groups of 4 heads": lambda: CacheLatents(
         SHARES, multiple=1, keys="rebuilt", group_size=4
     ),
@@ -156,11 +161,8 @@ def state_of(program: Program, length: int) -> dict[str, Tensor]:
     """A cache of random numbers."""
     generator = torch.Generator().manual_seed(0)
     ports = [program.signature.input(name) for name, _ in program.signature.state]
-    return {
-        p.name: torch.randn([1, *(s if isinstance(s, int) else length for s in p.shape[1:])],
-                            generator=generator)
-        for p in ports
-    }  # fmt: skip
+    sizes = {"batch": 1, "past": length}
+    return {p.name: torch.randn(concrete(p.shape, sizes), generator=generator) for p in ports}
 
 
 def call(program: Program, ids: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,6 +219,7 @@ def times() -> Iterator[dict[str, dict[str, float]]]:
     """Yields times of forms of the cache at half its size, over the original's."""
     forms: dict[str, tuple[Pass, ...]] = {
         "latents": (latents(),),
+        "latents, 32 tokens in full": (latents(window=32),),
         "latents of values, channels of keys": (
             latents(), DropKeyChannels(shares=(0.5,), multiple=1)),
         "latents, keys rebuilt": (latents(keys="rebuilt"),),
@@ -272,7 +275,9 @@ def _quality_table(name: str, part: Mapping[str, Any]) -> list[str]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Returns a cell of a table."""
+    """Returns a cell of a table; one figure has no spread."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{statistics.fmean(values):.3f} ± {statistics.pstdev(values):.3f}"
 
 

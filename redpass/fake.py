@@ -113,6 +113,16 @@ class Sizes:
             source.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
         self.changed.add(source)
 
+    def limit(
+        self, like: fx.Node, node: fx.Node, axis: int, most: int, sizes: Mapping[int, int]
+    ) -> None:
+        """Gives an input the value of another one, with other sizes and at most `most` entries."""
+        old = like.meta["val"]
+        shape = [sizes.get(place, size) for place, size in enumerate(old.shape)]
+        with self.mode:
+            shape[axis] = torch.sym_min(most, shape[axis])
+            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+
     def propagate(self, graph: fx.Graph) -> None:
         """Computes the values again behind every change, as far as sizes differ.
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from redpass.state import AddState as AddState
+
 if TYPE_CHECKING:
     from redpass.facts import Facts
     from redpass.program import Program
@@ -175,6 +177,15 @@ class ResizeState:
 
 
 @dataclass(frozen=True)
+class Once:
+    """Edits that several actions share: the first one does `first`, each other one `later`."""
+
+    name: str
+    first: tuple[Edit, ...]
+    later: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True)
 class DropTerm:
     """Lets the sum at the add `join` do without its operand `term`; the other one stands for it.
 
@@ -208,7 +219,7 @@ class Erase:
 
 
 Calls = Insert | Replace | SetArgument | SetCall | ShrinkSizes | DropTerm | Bypass | Erase
-Edit = Calls | SetWeight | Narrow | Multiply | DropState | ResizeState
+Edit = Calls | SetWeight | Narrow | Multiply | DropState | ResizeState | AddState | Once
 
 
 @dataclass(frozen=True)

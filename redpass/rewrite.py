@@ -18,6 +18,7 @@ from redpass.errors import PassError
 from redpass.fake import Sizes, fake_mode, fake_tensor, is_same_size
 from redpass.plan import (
     Action,
+    AddState,
     Bypass,
     DropState,
     DropTerm,
@@ -27,6 +28,7 @@ from redpass.plan import (
     Literal,
     Multiply,
     Narrow,
+    Once,
     Ref,
     Replace,
     ResizeState,
@@ -36,8 +38,8 @@ from redpass.plan import (
     ShrinkSizes,
     WeightRef,
 )
-from redpass.program import Program, Signature, copy_graph, output_node
-from redpass.state import resource_sizes
+from redpass.program import Program, copy_graph
+from redpass.state import States
 
 
 def apply(program: Program, actions: Iterable[Action]) -> Program:
@@ -66,24 +68,22 @@ class _Draft:
     graph: fx.Graph = field(init=False)
     nodes: dict[str, fx.Node] = field(init=False)
     weights: dict[str, Tensor] = field(init=False)
-    signature: Signature = field(init=False)
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
     without: dict[fx.Node, set[int]] = field(default_factory=dict)
     bypasses: list[Bypass] = field(default_factory=list)
     inserted: set[fx.Node] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.graph, _ = copy_graph(self.program.graph)
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.weights = dict(self.program.weights)
-        self.signature = self.program.signature
         self.readers: dict[str, fx.Node] = {
             str(n.target): n for n in self.graph.nodes if n.op == "get_attr"
         }
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.inputs = dict(zip([p.name for p in self.signature.inputs], inputs, strict=True))
         self.mode = fake_mode(self.program)
         self.sizes = Sizes(self.mode)
+        self.states = States(self.graph, self.program.signature, self.sizes)
         self.cuts = Cuts(self.weights)
 
     def do(self, edit: Edit, action: Action) -> None:
@@ -97,6 +97,7 @@ class _Draft:
 
     def finish(self) -> Program:
         self._bypass()
+        self.states.finish(self._find)
         if self.without:
             drop_dead(self.graph)  # a sum that nobody reads any more needs no operand
             shorten_sums(self.graph, self.without)
@@ -104,7 +105,8 @@ class _Draft:
         self.sizes.propagate(self.graph)
         kept = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         weights = {name: tensor for name, tensor in self.weights.items() if name in kept}
-        return replace(self.program, graph=self.graph, weights=weights, signature=self.signature)
+        signature = self.states.signature
+        return replace(self.program, graph=self.graph, weights=weights, signature=signature)
 
     def _find(self, name: str) -> fx.Node:
         if name not in self.nodes:
@@ -206,23 +208,19 @@ class _Draft:
             self.sizes.changed.add(node)
 
     def _DropState(self, edit: DropState) -> None:
-        ports = self.signature
-        keep = [i for i, port in enumerate(ports.outputs) if port.name != edit.output]
-        out = output_node(self.graph)
-        values: Any = out.args[0]
-        out.args = (tuple(values[i] for i in keep),)
-        resource_sizes(self.graph, self.inputs[edit.input])
-        self.signature = replace(
-            ports,
-            inputs=tuple(port for port in ports.inputs if port.name != edit.input),
-            outputs=tuple(ports.outputs[i] for i in keep),
-            state=tuple(pair for pair in ports.state if pair != (edit.input, edit.output)),
-        )
-        self.inputs[edit.input].meta["dropped"] = True
+        self.states.drop(edit.input, edit.output)
 
     def _ResizeState(self, edit: ResizeState) -> None:
-        self.sizes.resize(self.inputs[edit.input], edit.axis, edit.size)
-        self.signature = self.signature.resized({edit.input, edit.output}, edit.axis, edit.size)
+        self.states.resize(edit.input, edit.output, edit.axis, edit.size)
+
+    def _AddState(self, edit: AddState) -> None:
+        self.nodes[edit.node] = self.states.add(edit)
+
+    def _Once(self, edit: Once) -> None:
+        edits = edit.later if edit.name in self.done else edit.first
+        self.done.add(edit.name)
+        for each in edits:
+            getattr(self, f"_{type(each).__name__}")(each)
 
     def _operand(self, new: str | WeightRef) -> fx.Node:
         return self._read(new.name) if isinstance(new, WeightRef) else self._find(new)

@@ -20,7 +20,8 @@ from redpass import ops
 from redpass.analysis.flops import node_flops
 from redpass.analysis.records import Branch, StatePair
 from redpass.analysis.structure import structure
-from redpass.program import Program
+from redpass.program import Program, Shape
+from redpass.verify.sizes import parse_size, symbol
 
 if TYPE_CHECKING:
     from redpass.facts import Facts
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 ANGLE_STEPS = 64
 """How far a weight is followed to see whether it is a table of angles."""
+
+FAR = 1 << 30
+"""A size of a dimension at which a state that is bounded has reached its bound."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +174,22 @@ def is_trained(name: str, tensor: Tensor) -> bool:
 def _state_bytes(program: Program, state: Iterable[StatePair]) -> tuple[int, int]:
     """Bytes of state of one sequence: (for one more cached position, not growing)."""
     growing = fixed = 0
+    far = dict.fromkeys(program.signature.dims, FAR)
     for name, output in state:
         port = program.signature.input(name)
         after = program.signature.output(output)
         element = torch.empty((), dtype=port.dtype).element_size()
-        grows = [a != b for a, b in zip(port.shape, after.shape, strict=True)]
-        sizes = [s for s in port.shape if isinstance(s, int)]
-        if any(grows):
-            growing += math.prod(sizes) * element
+        before, then = (_sizes_at(port.shape, far), _sizes_at(after.shape, far))
+        kept = [size for size in port.shape if isinstance(size, int)]
+        if before != then:
+            growing += math.prod(kept) * element
         else:
-            fixed += math.prod(sizes) * element
+            full = [int(b) for b, s in zip(before, port.shape, strict=True) if "Min(" in str(s)]
+            fixed += math.prod([*kept, *full]) * element
     return growing, fixed
+
+
+def _sizes_at(shape: Shape, sizes: Mapping[str, int]) -> list[Any]:
+    """Sizes where all dimensions are long, so that those with a bound have reached it."""
+    known = {symbol(name): size for name, size in sizes.items()}
+    return [parse_size(size).subs(known) if isinstance(size, str) else size for size in shape]

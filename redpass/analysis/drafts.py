@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from redpass.analysis.linears import new_name
 from redpass.fake import fake_mode, fake_tensor
 from redpass.plan import Edit, Insert, Ref, SetWeight, WeightRef
 from redpass.program import Program
+
+Sizing = Mapping[int, int]
+"""Axis -> its new constant size."""
 
 
 class Draft:
@@ -36,7 +39,10 @@ class Draft:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
         """Puts down a node. Raises `Unfit` when its operands do not fit together."""
-        name = f"{self.stem}_{len(self._values)}"
+        return self.put(f"{self.stem}_{len(self._values)}", target, *args, **kwargs)
+
+    def put(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
+        """Puts down a node under a name that other actions know, too. Raises as `call`."""
         try:
             with self._mode:
                 value = target(*self._fake(args), **self._fake(kwargs))
@@ -55,13 +61,22 @@ class Draft:
         self._weights[name] = fake_tensor(self._mode, value)
         return WeightRef(name)
 
-    def stand_in(self, node: fx.Node, axis_sizes: dict[int, int]) -> Ref:
+    def stand_in(self, node: fx.Node, axis_sizes: Sizing) -> Ref:
         """Returns a reference to an input that other edits of the action give other sizes."""
         old = node.meta["val"]
         shape = [axis_sizes.get(axis, size) for axis, size in enumerate(old.shape)]
         with self._mode:
             self._values[node.name] = torch.empty(shape, dtype=old.dtype)
         return Ref(node.name)
+
+    def limited(self, name: str, node: fx.Node, axis: int, most: int, sizes: Sizing) -> Ref:
+        """Returns a reference to an input that an `AddState` puts beside the input `node`."""
+        old = node.meta["val"]
+        shape = [sizes.get(place, size) for place, size in enumerate(old.shape)]
+        with self._mode:
+            shape[axis] = torch.sym_min(most, shape[axis])
+            self._values[name] = torch.empty(shape, dtype=old.dtype)
+        return Ref(name)
 
     def shape(self, ref: Ref) -> torch.Size:
         """Returns the sizes of a node's value, new or old."""

@@ -18,6 +18,7 @@ DimNames = Mapping[str, Sequence[str | int]]
 """Input name -> a name, an expression over names, or a size for each axis."""
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
+_LEAST = re.compile(r"Min\((\d+), ([^(),]+)\)")
 _EXPRESSION = re.compile(r"[A-Za-z_]\w*(\s*[+*]\s*([A-Za-z_]\w*|\d+))*|\d+(\s*\*\s*[A-Za-z_]\w*)+")
 
 
@@ -131,11 +132,16 @@ def is_fixed(size: Any) -> bool:
 def evaluate(entry: str | int, sizes: Mapping[str, Any]) -> Any:
     """Returns the value of a size expression, with `sizes` for its names (ints or SymInts).
 
+    Expressions are sums of products, and `Min(32, past)` of a number and one of them.
+
     Raises:
         UsageError: a name without a size.
     """
     if isinstance(entry, int):
         return entry
+    if least := _LEAST.fullmatch(entry):
+        most, size = int(least[1]), evaluate(least[2], sizes)
+        return sympy.Min(most, size) if isinstance(size, sympy.Expr) else torch.sym_min(most, size)
     total: Any = 0
     for term in entry.split("+"):
         product: Any = 1

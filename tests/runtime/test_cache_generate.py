@@ -26,12 +26,13 @@ from redpass.runtime import CausalLM
 PROMPT = torch.tensor([[0, 5, 17, 3, 40], [8, 2, 61, 7, 9]])
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
 GROUPED = {"keys": "rebuilt", "group_size": 2}
+WINDOW = {"keys": "rebuilt", "window": 6}
 
 
 @cache
-def cut(name: str, share: float, keys: str = "auto", group_size: int = 1) -> Program:
+def cut(name: str, share: float, **options: Any) -> Program:
     program = language_model(name)
-    pass_ = CacheLatents(shares=(share,), multiple=1, keys=keys, group_size=group_size)
+    pass_ = CacheLatents(shares=(share,), multiple=1, **options)
     return rewrite.apply(program, plan_with(pass_, program).actions)
 
 
@@ -40,13 +41,23 @@ def written(source: Program | Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("gpt2", {}), ("llama", {}), ("llama", GROUPED)], ids=str
+    ("name", "options"),
+    [("gpt2", {}), ("llama", {}), ("llama", GROUPED), ("llama", WINDOW)],
+    ids=str,
 )
 def test_greedy_generation_is_the_same_at_full_rank(name: str, options: dict[str, Any]) -> None:
     assert torch.equal(written(cut(name, 1.0, **options)), written(language_model(name)))
 
 
-@pytest.mark.parametrize("options", [{}, GROUPED], ids=str)
+def test_a_window_generates_what_whole_calls_give() -> None:
+    program = cut("llama", 0.5, **WINDOW)
+    ids = PROMPT[1:]
+    for _ in range(8):
+        ids = torch.cat([ids, decode(program, ids, (ids.shape[1],))[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(CausalLM(program).generate(PROMPT[1:], 8), ids)
+
+
+@pytest.mark.parametrize("options", [{}, GROUPED, WINDOW], ids=str)
 def test_onnx_runtime_generates_the_same_with_half_the_cache(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -56,8 +67,20 @@ def test_onnx_runtime_generates_the_same_with_half_the_cache(
     assert torch.equal(written(path), written(program))
 
 
+def test_a_pt2_holds_a_window(tmp_path: Path) -> None:
+    program = cut("llama", 0.5, **WINDOW)
+    path = tmp_path / "model.pt2"
+    to_pt2(program, path)
+    assert torch.equal(written(path), written(program))
+    back = redpass.load(path)
+    assert back.signature == program.signature
+    assert torch.equal(written(back), written(program))
+    sites = [s for s in find_sites(back, Facts(back)) if not isinstance(s, Skip)]
+    assert "latent_attention" not in [site.op for site in sites]
+
+
 def test_a_pt2_generates_the_same_and_its_latent_attention_is_found(tmp_path: Path) -> None:
-    program = cut("llama", 0.5, **GROUPED)  # type: ignore[arg-type]
+    program = cut("llama", 0.5, **GROUPED)
     path = tmp_path / "model.pt2"
     to_pt2(program, path)
     assert torch.equal(written(path), written(program))

@@ -7,6 +7,7 @@ back. Where nothing but moves stands between, they are multiplied into the weigh
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from redpass import ops
 from redpass.analysis.caches.parts import (
@@ -39,7 +40,7 @@ def projected_keys(cache: CacheSide, factors: Factors, size: int) -> tuple[Edit,
         size: heads of a group.
     """
     draft, core = start_draft(cache, "keys"), cache.site.core.node
-    _check_query(cache)
+    check_query(cache)
     folds = cache.is_moved_only
     latent = make_latent(draft, cache, factors, cache.new, folded=folds)
     join, kept = join_kept(draft, cache, factors, latent)
@@ -62,9 +63,9 @@ def rebuilt(cache: CacheSide, factors: Factors, size: int) -> tuple[Edit, ...]:
     draft = start_draft(cache, "rebuilt")
     latent = make_latent(draft, cache, factors, cache.split, folded=cache.is_split_plain)
     join, kept = join_kept(draft, cache, factors, latent)
-    full = _as_split(draft, cache, factors, join, size)
+    full = restored(draft, cache, factors, join, size, cache.split)
     if cache.way:
-        full = _again(draft, cache, join, full)
+        full = again(draft, cache, join, full)
     readers = [user for user in cache.join.users if user.op != "output" and not ops.is_size(user)]
     draft.edits += [SetArgument(user.name, cache.join.name, full.name) for user in readers]
     return (*kept, *draft.edits, Replace(cache.join.name, join.name))
@@ -81,27 +82,30 @@ def absorbed_values(cache: CacheSide, factors: Factors, size: int) -> tuple[Edit
     draft.before = core
     values = spread_kept(draft, cache, join, size)
     draft.edits.append(SetArgument(core.name, cache.operand.name, values.name))
-    behind = _into_output if _output_folds(cache, factors) else _behind
+    behind = into_output if output_folds(cache, factors) else put_behind
     draft.edits += behind(cache, factors, size)
     return (*kept, *draft.edits, Replace(cache.join.name, join.name))
 
 
-def _check_query(cache: CacheSide) -> None:
+def check_query(cache: CacheSide) -> None:
+    """Raises `Unfit` where queries cannot be turned before one attention op."""
     shape = cache.site.core.query.meta["val"].shape
     if not is_fused(cache) or len(shape) != 4 or shape[1] != cache.site.heads:
         raise Unfit("its attention is no fused op on queries split by heads")
 
 
-def _as_split(draft: Draft, cache: CacheSide, factors: Factors, join: Ref, size: int) -> Ref:
-    """All positions of what the projection gave, with the axes of `split`."""
+def restored(
+    draft: Draft, cache: CacheSide, factors: Factors, join: Ref, size: int, like: fx.Node
+) -> Ref:
+    """All positions of what was made latent, with the axes of `like`: `split` or `new`."""
     name = cache.side.linear.weight
-    weight = draft.weight(name, f"{cache.side.kind}_up", as_typed(factors.up.mT, cache.split))
+    weight = draft.weight(name, f"{cache.side.kind}_up", as_typed(factors.up.mT, like))
     full = draft.call(aten.matmul.default, join, weight)
     if factors.mean is not None and bool(factors.mean.any()):
-        each = as_typed(factors.mean.unsqueeze(1), cache.split)
+        each = as_typed(factors.mean.unsqueeze(1), like)
         mean = draft.weight(name, f"{cache.side.kind}_mean", each)
         full = draft.call(aten.add.Tensor, full, mean)
-    at_front = isinstance(cache.split.meta["val"].shape[1], int)
+    at_front = isinstance(like.meta["val"].shape[1], int)
     if not at_front:
         flat = draft.call(aten.flatten.using_ints, draft.call(aten.transpose.int, full, 1, 2), 2)
         return draft.call(aten.unflatten.int, flat, 2, [cache.heads, -1])
@@ -112,7 +116,7 @@ def _as_split(draft: Draft, cache: CacheSide, factors: Factors, join: Ref, size:
     return draft.call(aten.flatten.using_ints, turned, 1, 2)
 
 
-def _again(draft: Draft, cache: CacheSide, join: Ref, full: Ref) -> Ref:
+def again(draft: Draft, cache: CacheSide, join: Ref, full: Ref) -> Ref:
     """What stands between `split` and `new`, on all positions."""
     total = draft.call(aten.sym_size.int, join, 2)
     length = draft.call(aten.sym_size.int, Ref(cache.past.name), 2)
@@ -125,7 +129,8 @@ def _again(draft: Draft, cache: CacheSide, join: Ref, full: Ref) -> Ref:
     return found
 
 
-def _output_folds(cache: CacheSide, factors: Factors) -> bool:
+def output_folds(cache: CacheSide, factors: Factors) -> bool:
+    """Whether the way back goes into the output projection's weights, at no cost."""
     site = cache.site
     way = site.flow.between(site.core.output, site.program.nodes[site.output.input])
     if not all(ops.is_view(n) or ops.is_call(n, *ops.COPIES, *ops.DROPOUTS) for n in way):
@@ -134,7 +139,7 @@ def _output_folds(cache: CacheSide, factors: Factors) -> bool:
     return rank * outs <= width * (outs + rank)
 
 
-def _into_output(cache: CacheSide, factors: Factors, size: int) -> list[Edit]:
+def into_output(cache: CacheSide, factors: Factors, size: int) -> list[Edit]:
     """A new output projection that reads what the attention makes of what is kept."""
     site, linear = cache.site, cache.site.output
     node = site.program.nodes[linear.node]
@@ -158,7 +163,7 @@ def _into_output(cache: CacheSide, factors: Factors, size: int) -> list[Edit]:
     return [*draft.edits, Replace(node.name, made.name)]
 
 
-def _behind(cache: CacheSide, factors: Factors, size: int) -> list[Edit]:
+def put_behind(cache: CacheSide, factors: Factors, size: int) -> list[Edit]:
     """Heads of their old width again, for whatever reads them."""
     site, output = cache.site, cache.site.core.output
     after = min(output.users, key=site.flow.order.__getitem__)

@@ -11,7 +11,7 @@ from redpass.analysis.caches.parts import Factors
 from redpass.analysis.caches.sites import CacheSide, CacheSites
 from redpass.analysis.rungs import check_rungs, read_target
 from redpass.errors import UsageError
-from redpass.plan import Edit, Insert, Ref, Replace, SetArgument, SetWeight
+from redpass.plan import Edit, Insert, Once, Ref, Replace, SetArgument, SetWeight
 
 PLURAL = {"key": "keys", "value": "values"}
 
@@ -105,6 +105,7 @@ def saving(cache: CacheSide, factors: Factors, edits: Sequence[Edit]) -> dict[st
 
     Weights that nothing reads any more are those of linears whose results the edits replace.
     """
+    edits = [each for e in edits for each in (e.first if isinstance(e, Once) else (e,))]
     program = cache.site.program
     element = cache.new.meta["val"].element_size()
     lost = cache.heads * cache.width - factors.groups * factors.rank
