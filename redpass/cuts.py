@@ -36,6 +36,8 @@ class Cuts:
         key = edit.weight, edit.axis % weight.dim()
         if key in self._turned:
             raise PassError("another action turned the axis that a cut is about", place=edit.weight)
+        if edit.gone.dim() == 2:
+            return self._do_each(edit, key)
         left = self._left.get(key, torch.arange(len(weight)))
         gone = _places(left, edit.gone, edit.weight)
         keep = torch.ones(len(left), dtype=torch.bool)
@@ -47,6 +49,20 @@ class Cuts:
         self.weights[edit.weight] = weight[keep].movedim(0, edit.axis).contiguous()
         self._left[key] = left[keep]
         return (edit.weight, edit.bias) if edit.bias else (edit.weight,)
+
+    def _do_each(self, edit: Narrow, key: tuple[str, int]) -> tuple[str, ...]:
+        """Cuts each slice of a weight's first axis at places of its own."""
+        if key in self._left:
+            raise PassError("another action took slices that a cut is about", place=edit.weight)
+        parts = dict(enumerate(self.weights[edit.weight]))
+        for number, part in parts.items():
+            alone = Cuts({"": part})
+            kept, spread = (None if t is None else t[number] for t in (edit.kept, edit.spread))
+            alone.do(Narrow("", key[1] - 1, edit.gone[number], kept, spread))
+            parts[number] = alone.weights[""]
+        self.weights[edit.weight] = torch.stack(list(parts.values()))
+        self._turned.add(key)
+        return (edit.weight,)
 
     def multiply(self, edit: Multiply) -> tuple[str, ...]:
         """Multiplies one axis of a weight. Returns the names of the weights it changed.

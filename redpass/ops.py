@@ -34,8 +34,8 @@ VIEWS = frozenset(
     {
         "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand",
         "slice", "select", "t", "flatten", "unflatten", "narrow", "chunk", "split", "unbind",
-        "split_with_sizes", "expand_as", "view_as", "movedim", "swapaxes", "diagonal", "unfold",
-        "numpy_T", "mT", "adjoint", "alias", "detach", "squeeze_", "tensor_split",
+        "split_with_sizes", "expand_as", "view_as", "reshape_as", "movedim", "swapaxes", "diagonal",
+        "unfold", "numpy_T", "mT", "adjoint", "alias", "detach", "squeeze_", "tensor_split",
     }
 )  # fmt: skip
 """ATen ops that move or rename elements and compute nothing."""

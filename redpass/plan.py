@@ -120,7 +120,8 @@ class Narrow:
     out of it plays no part, so cuts of several axes, and of several parts of one axis, compose.
 
     Attributes:
-        gone: places along `axis` that go, rising.
+        gone: places along `axis` that go, rising; of two dimensions where each slice of the
+            weight's first axis loses its own, and `kept` and `spread` have one more then, too.
         kept: places that stay and take over what the lost ones did, rising.
         spread: `[gone, kept]`, what of each lost slice is added to each kept one; None for nothing.
         bias: weight that the lost slices, weighted by `shift` `[gone]` and summed, are added to.

@@ -82,7 +82,7 @@ class Couplings:
             (NORMS, self._normed),
             (GROUPED, self._grouped),
             (("t", "numpy_T", "mT", "adjoint"), self._turned),
-            (("mean", "sum", "amax", "max", "var"), self._reduced),
+            (("mean", "sum", "amax", "max", "var", "linalg_vector_norm"), self._reduced),
             (("expand", "expand_as", "slice"), self._resized),
         ]  # fmt: skip
 
@@ -139,12 +139,18 @@ class Couplings:
         groups = ops.argument(node, "groups")
         if groups == 1:
             unify(x[1], weight[1])
-        else:  # a group's channels stay or go together; a depthwise one has one each
-            whole = Dimension(groups)
-            for axis in (x[1], weight[0]):
-                unify(axis, (Segment(whole, length(axis) // groups),))
+        else:
+            self._in_groups(groups, x[1], weight[0])
         self._bias(node.args[2] if len(node.args) > 2 else None, weight[0])
         return [x[0], weight[0], *(fresh(size) for size in shape[2:])]
+
+    def _in_groups(self, groups: int, *axes: Axis) -> None:
+        """A group's channels stay or go together; a depthwise convolution has one each."""
+        if groups == 1:
+            fix(axes, "a group norm mixes its channels")
+        whole = Dimension(groups)
+        for axis in axes if groups > 1 else ():
+            unify(axis, (Segment(whole, length(axis) // groups),))
 
     def _bias(self, bias: Any, axis: Axis) -> None:
         if isinstance(bias, fx.Node):
@@ -154,7 +160,7 @@ class Couplings:
         x = self.axes[node.args[0]]  # type: ignore[index]
         place = -1 if ops.is_call(node, "layer_norm", "rms_norm") else 1
         if ops.is_call(node, "group_norm"):
-            fix((x[1],), "a group norm divides it")
+            self._in_groups(int(ops.argument(node, "num_groups")), x[1])
         for arg in node.args[1:]:
             if isinstance(arg, fx.Node) and len(self.axes[arg]) == 1:
                 unify(self.axes[arg][0], x[place])
@@ -170,7 +176,8 @@ class Couplings:
     def _reduced(self, node: fx.Node) -> Any:
         shape = self._sizes(node)
         x = self.axes[node.args[0]]  # type: ignore[index]
-        dims: Any = node.args[1] if len(node.args) > 1 else None
+        place = 2 if ops.is_call(node, "linalg_vector_norm") else 1
+        dims: Any = node.args[place] if len(node.args) > place else None
         if isinstance(dims, fx.Node):  # the larger of two values, not the largest of one
             return self._elementwise(node)
         if dims is None:
@@ -184,6 +191,14 @@ class Couplings:
         shape = self._sizes(node)
         before = self.flow.shape(node.args[0]) or ()  # type: ignore[arg-type]
         return reshaped(self.axes[node.args[0]], before, shape)  # type: ignore[index]
+
+    def _reshape_as(self, node: fx.Node) -> Any:
+        found = self._viewed(node)
+        for axis, other in zip(found, self.axes[node.args[1]], strict=True):  # type: ignore[index]
+            unify(axis, other)
+        return [a or b for a, b in zip(found, self.axes[node.args[1]], strict=True)]  # type: ignore[index]
+
+    _view_as = _reshape_as
 
     def _resized(self, node: fx.Node) -> Any:
         shape = self._sizes(node)

@@ -107,3 +107,14 @@ def _weight_nodes(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 def _moves(flow: Flow, node: fx.Node) -> bool:
     return ops.is_view(node) or flow.is_no_op(node) or ops.is_call(node, "index", "index_select")
+
+
+def stack_of(node: fx.Node) -> str:
+    """The weight `[experts, outs, ins]` of a product that takes a matrix for each row, or ""."""
+    picked = node.args[0] if ops.is_call(node, "bmm") else None
+    if not isinstance(picked, fx.Node) or not ops.is_call(picked, "index"):
+        return ""
+    weight, places = picked.args[:2]
+    assert isinstance(weight, fx.Node)
+    is_one = weight.op == "get_attr" and len(places) == 1  # type: ignore[arg-type]
+    return str(weight.target) if is_one else ""

@@ -6,7 +6,7 @@ or merge linears read and write `W` as `[out, in]` and leave the op as it was tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -204,3 +204,11 @@ def _only_splits(node: fx.Node) -> bool:
             if moves or not _only_splits(user):
                 return False
     return True
+
+
+def opaque(program: Program, table: Linears) -> Iterator[tuple[str, str]]:
+    """Yields the linears, grouped or foreign ones too, whose weight is no plain matrix, and why."""
+    for node in program.graph.nodes:
+        foreign = ops.namespace(node) != "aten" and "linear" in ops.base_name(node)
+        if (foreign or ops.is_call(node, "linear")) and node.name not in table.by_node:
+            yield node.name, "its weight is computed, quantised or of more than two dimensions"

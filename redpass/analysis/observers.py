@@ -66,11 +66,16 @@ class CrossGram:
         return widths[self.left] + 1, widths[self.right] + 1
 
     def measure(self, rows: Rows) -> Tensor:
-        """The products of a stretch."""
+        """The products of a stretch; a product of half precision would round its sums away."""
         x, y = (
-            torch.nn.functional.pad(rows[n], (0, 1), value=1.0) for n in (self.left, self.right)
+            torch.nn.functional.pad(_single(rows[n]), (0, 1), value=1.0)
+            for n in (self.left, self.right)
         )
         return x.T @ y
+
+
+def _single(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype.itemsize < 4 else rows
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Tokens:
         if port is None:
             return flat
         kept = inputs[port] != 0
-        if moved.dim() == 3:
-            kept = kept[:, kept.shape[1] - moved.shape[1] :]
+        length = moved.shape[1] if moved.dim() == 3 else len(flat) // max(len(kept), 1)
+        kept = kept[:, max(kept.shape[1] - length, 0) :]
         return flat[kept.reshape(-1)] if kept.numel() == len(flat) else flat
 
     def _sizes(self, name: str) -> list[Any]:
@@ -98,10 +98,13 @@ class Tokens:
         sizes = self._sizes(name)
         batch, length = (ops.expression(s) for s in mask.meta["val"].shape)
         if len(sizes) == 2:  # tokens flattened into one axis
-            return bool(sizes[0] == batch * length) and length != 1
-        if len(sizes) != 3 or self._axis(name) != -1 or sizes[0] != batch:
+            rest = sympy.expand(length - sizes[0] / batch)
+            if rest == 0:
+                return bool(length != 1)
+        elif len(sizes) != 3 or self._axis(name) != -1 or sizes[0] != batch:
             return False
-        rest = length - sizes[1]
+        else:
+            rest = sympy.expand(length - sizes[1])
         return bool(rest == 0) or bool(_symbols([rest]) and _symbols([rest]) <= self._past)
 
 

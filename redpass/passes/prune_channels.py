@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
-from redpass.analysis.linears import linears
+from redpass.analysis.linears import linears, opaque
 from redpass.analysis.rungs import check_rungs, check_word
+from redpass.analysis.widths import routed, statistics
 from redpass.analysis.widths.cuts import Rung, removal_order, rungs
+from redpass.analysis.widths.experts import ExpertRung, expert_rungs, narrow_experts
 from redpass.analysis.widths.ladders import KINDS, ladder, named, saving, step_of, uniform
 from redpass.analysis.widths.narrowing import Width, narrow, widths
 from redpass.analysis.widths.places import ChannelPlaces, channel_places
-from redpass.analysis.widths.statistics import views, why_not_measured
+from redpass.analysis.widths.routed import expert_views
+from redpass.analysis.widths.statistics import views
 from redpass.facts import Facts
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
 
 RULE = "prune_channels.refit"
+NOTHING = "no linear or convolution with a plain weight reads what another one computes"
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,14 @@ class PruneChannels:
     When: never by itself. Each width has a ladder of candidates; the predicted loss is the squared
     error put into the residual stream (or the reader's output) over its squared norm, on
     calibration batches that were not fitted on.
-    Not tried: widths that a norm or a softmax mixes, public sizes, inner widths of experts.
+    Stacked experts get one width, and each keeps channels of its own, by the tokens routed to it.
+    Not tried: widths that a norm or a softmax mixes, public sizes, experts that are not stacked.
     Costs: one calibration run for as many places as 4 GiB of Gram matrices hold, time with the cube
     of the width, memory for the new weights of all rungs. Replaying a recipe needs the same data.
     Source: see `redpass.analysis.widths.cuts`.
 
     Attributes:
-        kinds: `feed-forward`, `channels` (convolutions), `hidden` (between other linears).
+        kinds: `feed-forward`, `experts`, `channels` (convolutions), `hidden` (between linears).
         shares: what is left of a width, one candidate each.
         multiple: what the widths left are a multiple of.
         refit: whether readers are fitted anew.
@@ -57,7 +62,7 @@ class PruneChannels:
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     fits: ClassVar[bool] = True
 
-    kinds: tuple[str, ...] = ("feed-forward", "channels", "hidden")
+    kinds: tuple[str, ...] = ("feed-forward", "experts", "channels", "hidden")
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     multiple: int = 8
     refit: bool = True
@@ -70,15 +75,16 @@ class PruneChannels:
         for kind in self.kinds:
             check_word(self.name, "kind of width", kind, KINDS)
         found = facts.get(channel_places)
-        if not found.by_label:
-            return Plan(skips=(Skip(RULE, "graph", "no linear reads what another one computes"),))
+        if not found.by_label and not self.only:
+            return Plan(skips=(Skip(RULE, "graph", NOTHING), *self._opaque(program, facts)))
         wanted = named(self.name, self.only, found, self.multiple) if self.only else None
-        skips = list(self._skips(found)) if wanted is None else []
+        skips = [*self._skips(found), *self._opaque(program, facts)] if wanted is None else []
         counts: dict[str, list[int]] = {}
         for label, width in found.by_label.items():
             if label in found.obstacles or found.kinds[label] not in self.kinds:
                 continue
-            if why := why_not_measured(program, width):
+            is_stack = found.kinds[label] == "experts"
+            if why := (routed if is_stack else statistics).why_not_measured(program, width):
                 skips.append(Skip(RULE, label, why))
                 continue
             counts[label] = wanted.get(label, []) if wanted is not None else self._counts(width)
@@ -86,8 +92,13 @@ class PruneChannels:
                 step = step_of(width, self.multiple)
                 reason = f"no smaller width of {width.size} is a multiple of {step}"
                 skips.append(Skip(RULE, label, reason))
-        actions = list(self._actions(program, facts, {k: v for k, v in counts.items() if v}))
+        counts = {label: each for label, each in counts.items() if each}
+        actions = list(self._actions(program, facts, counts)) if counts else []
         return Plan(uniform(actions, found) if self.together else tuple(actions), tuple(skips))
+
+    def _opaque(self, program: Program, facts: Facts) -> Iterator[Skip]:
+        for name, why in opaque(program, facts.get(linears)):
+            yield Skip(RULE, name, why)
 
     def _counts(self, width: Width) -> list[int]:
         return ladder(width.size, self.shares, step_of(width, self.multiple))
@@ -103,28 +114,35 @@ class PruneChannels:
         self, program: Program, facts: Facts, counts: dict[str, list[int]]
     ) -> Iterator[Action]:
         found = facts.get(channel_places)
-        places = [(label, found.by_label[label]) for label in counts]
-        if not places:
-            return
+        places = [(n, found.by_label[n]) for n in counts if n not in found.sites]
+        stacks = [(n, found.by_label[n], found.sites[n]) for n in counts if n in found.sites]
+        for label, width, looks, rows in expert_views(program, stacks, facts.data()):
+            for all_ in expert_rungs(width, looks, rows, counts[label], refit=self.refit):
+                yield self._action(label, all_, facts)
         for label, width, seen in views(program, facts.get(structure), places, facts.data()):
             order = removal_order(width, seen, min(counts[label]), refit=self.refit)
-            tokens = seen[0].whole.tokens
             for rung in rungs(width, seen, order, counts[label], refit=self.refit):
-                yield self._action(label, rung, tokens, facts)
+                yield self._action(label, rung, facts, seen[0].whole.tokens)
 
-    def _action(self, label: str, rung: Rung, tokens: int, facts: Facts) -> Action:
-        found = facts.get(channel_places)
-        width, count = found.by_label[label], len(rung.keep)
-        few = f"; only {tokens} tokens for {width.size} channels" if tokens < width.size else ""
-        evidence = {"error": rung.error, "unrepaired": rung.unrepaired, "tokens": float(tokens)}
+    def _action(self, label: str, rung: Rung | ExpertRung, facts: Facts, tokens: int = 0) -> Action:
+        found, program = facts.get(channel_places), facts.program
+        width, bare = found.by_label[label], 100 * rung.unrepaired
+        if isinstance(rung, ExpertRung):
+            edits = tuple(narrow_experts(found.table, width, rung, program))
+            evidence, few = rung.evidence, rung.few(width.size)
+        else:
+            edits = tuple(narrow(found.table, width, rung.keep, rung.repairs, program))
+            evidence = {"tokens": float(tokens), "strength": rung.strength}
+            few = f"only {tokens} tokens for {width.size} channels" * (tokens < width.size)
         return Action(
             RULE,
-            f"{label}@{count}",
-            tuple(narrow(found.table, width, rung.keep, rung.repairs, facts.program)),
-            f"{count} of {width.size} channels are left: {100 * rung.error:.3g}% of what they are "
-            f"added to is off, {100 * rung.unrepaired:.3g}% without a repair{few}",
-            evidence | {"strength": rung.strength, "share": count / width.size},
-            saving(facts, width, count),
+            f"{label}@{rung.count}",
+            edits,
+            f"{rung.count} of {width.size} channels are left: {100 * rung.error:.3g}% of what they "
+            f"are added to is off, {bare:.3g}% without a repair{few and '; '}{few}",
+            {"error": rung.error, "unrepaired": rung.unrepaired, "share": rung.count / width.size}
+            | evidence,
+            saving(facts, width, rung.count),
             rung.error,
             f"{label}/width",
         )

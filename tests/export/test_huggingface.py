@@ -306,13 +306,15 @@ def random_tokens(batches: int = 4) -> Batches:
 def narrowed(program: Program, **options: Any) -> Program:
     """The program with all feed-forwards cut to two thirds, by `prune_channels`."""
     facts = Facts(program, random_tokens())
-    plan = PruneChannels(shares=(0.67,), kinds=("feed-forward",), **options).plan(program, facts)
+    plan = PruneChannels(shares=(0.67,), kinds=("feed-forward", "experts"), **options).plan(
+        program, facts
+    )
     assert plan.actions
     after = rewrite.apply(program, plan.actions)
     return replace(after, lineage=extend(program, program, plan.actions))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "bert", "mixtral"])
 def test_narrower_feed_forwards_are_a_number_of_the_configuration(
     load: Load, name: str, tmp_path: Path
 ) -> None:

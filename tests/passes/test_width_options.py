@@ -8,6 +8,7 @@ import pytest
 import torch
 from building import Builder, aten
 
+from redpass import rewrite
 from redpass.budget.preflight import chosen_passes
 from redpass.budget.shares import choose
 from redpass.budget.spec import parse_budget
@@ -164,3 +165,31 @@ def test_a_ladder_without_rungs_says_so(plain: Program, name: str) -> None:
 def test_choosing_checks_options_too(plain: Program) -> None:
     with pytest.raises(UsageError, match="'multiple' takes a whole number"):
         choose(plain, [PruneChannels(multiple="8")], share=0.1, data=ROWS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["prune_channels", "factor_linears(multiple=2)",
+                                  "slice_stream(shares=0.5)"])  # fmt: skip
+def test_half_precision_is_fitted_and_stays_half(
+    plain: Program, name: str, dtype: torch.dtype
+) -> None:
+    b = Builder()
+    x = b.input("x", "batch", 16, dtype=dtype)
+    w = {n: b.weight(n, t.to(dtype)) for n, t in plain.weights.items()}
+    x = b.call(aten.linear.default, x, w["first"])
+    h = b.call(aten.rms_norm.default, x, [16], w["gain"], 1e-6)
+    h = b.call(aten.relu.default, b.call(aten.linear.default, h, w["up"]))
+    x = b.call(aten.add.Tensor, x, b.call(aten.linear.default, h, w["down"]))
+    h = b.call(aten.rms_norm.default, x, [16], w["end"], 1e-6)
+    program = b.program(b.call(aten.linear.default, h, w["last"]))
+    generator = torch.Generator().manual_seed(1)
+    rows = tuple({"x": torch.randn(8, 16, generator=generator).to(dtype)} for _ in range(4))
+    (pass_,) = parse_passes(name)
+    plan = pass_.plan(program, Facts(program, Batches(rows)).restrict(tuple(pass_.needs)))
+    assert plan.actions
+    for action in plan.actions:
+        (found,) = rewrite.apply(program, [action])(rows[0]["x"])
+        assert found.dtype == dtype
+        assert bool(found.isfinite().all())
+        assert action.loss is not None
+        assert 0 <= action.loss < 1

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from redpass import ops
-from redpass.analysis.linears import Linear, Linears, identity, linears, new_name
+from redpass.analysis.linears import Linear, Linears, identity, linears, new_name, opaque
 from redpass.analysis.ranks.whitening import check_rank
 from redpass.analysis.tokens import Tokens
 from redpass.errors import UsageError
@@ -76,7 +75,7 @@ def sites(program: Program, facts: Facts | None = None) -> Sites:
     """Finds the weights that only linears read. Looks at shapes, never at data."""
     table = linears(program) if facts is None else facts.get(linears)
     found: dict[str, Site] = {}
-    skips: dict[str, str] = dict(_opaque(program, table))
+    skips: dict[str, str] = dict(opaque(program, table))
     tokens = Tokens(program)
     for group in _by_weight(program, table):
         site = Site(group[0].weight.removesuffix(".weight"), group)
@@ -86,13 +85,6 @@ def sites(program: Program, facts: Facts | None = None) -> Sites:
         else:
             found[site.label] = site
     return Sites(found, skips)
-
-
-def _opaque(program: Program, table: Linears) -> Iterator[tuple[str, str]]:
-    for node in program.graph.nodes:
-        foreign = ops.namespace(node) != "aten" and "linear" in ops.base_name(node)
-        if (foreign or ops.is_call(node, "linear")) and node.name not in table.by_node:
-            yield node.name, "its weight is computed, quantised or of more than two dimensions"
 
 
 def _by_weight(program: Program, table: Linears) -> Iterator[tuple[Linear, ...]]:

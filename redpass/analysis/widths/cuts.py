@@ -58,6 +58,11 @@ class Rung:
     unrepaired: float
     strength: float
 
+    @property
+    def count(self) -> int:
+        """How many units stay."""
+        return len(self.keep)
+
 
 def energy_scores(width: Width, found: Sequence[View]) -> Tensor:
     """Returns `E|a_u|^2 |W_u|^2` of each unit, summed over readers: the loss without repair."""

@@ -25,6 +25,7 @@ from redpass.analysis.batch_norms import BatchNorm
 from redpass.analysis.channels import EXACT, POSITIVE
 from redpass.analysis.couplings import BATCH_NORMS
 from redpass.analysis.equal_rows import EqualRows
+from redpass.analysis.experts import stack_of
 from redpass.analysis.widths.narrowing import Holder, Reader, Repair, Width, Widths
 from redpass.program import Program
 
@@ -54,6 +55,8 @@ class EqualUnits:
 
 def is_channels(program: Program, width: Width) -> bool:
     """Whether a convolution makes or reads the width."""
+    if any(stack_of(program.nodes[reader.node]) for reader in width.readers):
+        return False
     axes = ((h.weight, h.axis) for h in width.holders)
     return any(program.weights[weight].dim() > 2 and axis < 2 for weight, axis in axes)
 

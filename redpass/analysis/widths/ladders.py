@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from redpass.analysis import cost
+from redpass.analysis.experts import stack_of
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.linears import linears
 from redpass.analysis.rungs import read_target
@@ -17,7 +18,7 @@ from redpass.facts import Facts
 from redpass.plan import Action
 from redpass.program import Program
 
-KINDS = ("feed-forward", "channels", "hidden")
+KINDS = ("feed-forward", "experts", "channels", "hidden")
 
 
 def step_of(width: Width, multiple: int) -> int:
@@ -92,8 +93,9 @@ def _flops(facts: Facts, width: Width, count: int) -> float:
     left, counted = _shares_left(width, program, count), facts.get(cost)
     total = 0.0
     for node in dict.fromkeys([*width.makers, *(reader.node for reader in width.readers)]):
-        operands = program.nodes[node].all_input_nodes
-        weight = table[node].weight if node in table else str(operands[1].target)
+        call = program.nodes[node]
+        weight = stack_of(call) or str(call.all_input_nodes[1].target)
+        weight = table[node].weight if node in table else weight
         total += counted.flops_of(node, DEFAULT_SIZES) * (1 - left[weight])
     return round(total)
 

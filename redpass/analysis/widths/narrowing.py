@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from redpass import ops
 from redpass.analysis.axes import Dimension, resolve
 from redpass.analysis.couplings import BATCH_NORMS, Couplings
+from redpass.analysis.experts import stack_of
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import count_readers, linears
 from redpass.analysis.widths.resizing import CONVOLUTIONS, are_pieces_alike, resized
@@ -28,7 +29,8 @@ from redpass.program import Program
 CHANNELWISE = frozenset(
     {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
      "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "batch_norm", "mean",
-     "sum", "amax", "cat", "getitem", "embedding", "index", "select", "constant_pad_nd", "pad"}
+     "sum", "amax", "linalg_vector_norm", "cat", "getitem", "embedding", "index", "select",
+     "constant_pad_nd", "pad"}
 )  # fmt: skip
 """Ops that treat each slice of an axis they keep by itself, beside elementwise ops and views."""
 
@@ -179,7 +181,8 @@ class _Search:
             products = dict.fromkeys(
                 user
                 for name, _ in held
-                for user in self._node[name].users
+                for reader in self._node[name].users
+                for user in (reader, *(reader.users if ops.is_call(reader, "index") else ()))
                 if self._roles(user) is not None
             )
             readers = [r for node in products if (r := self._reader(node, holders))]
@@ -207,6 +210,8 @@ class _Search:
         if node.name in self.linears:
             linear = self.linears[node.name]
             return linear.weight, int(linear.transposed), 1 - int(linear.transposed), False
+        if stack := stack_of(node):
+            return stack, 1, 2, False
         weight = node.args[1] if ops.is_call(node, *CONVOLUTIONS) else None
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
@@ -224,7 +229,7 @@ class _Search:
         parts = tuple((h.offset, h.block) for h in holders if (h.weight, h.axis) == (weight, axis))
         if not parts:
             return None
-        source = node.args[1] if ops.is_call(node, "addmm") else node.args[0]
+        source = node.args[1] if ops.is_call(node, "addmm", "bmm") else node.args[0]
         assert isinstance(source, fx.Node)
         bias, sign = self._constant(node)
         return Reader(node.name, source.name, weight, axis, bias, sign, parts)
@@ -234,7 +239,7 @@ class _Search:
         if ops.is_call(node, *CONVOLUTIONS) and _is_padded(node):
             return "", 1  # at the border a constant input is none
         bias = node.args[0] if ops.is_call(node, "addmm") else None
-        if bias is None and not ops.is_call(node, "matmul", "mm"):
+        if bias is None and not ops.is_call(node, "matmul", "mm", "bmm"):
             bias = ops.argument(node, "bias")
         sign = 1
         if bias is None and len(node.users) == 1:
@@ -272,6 +277,8 @@ class _Search:
         if ops.base_name(node) in CHANNELWISE or ops.is_call(node, *ops.DROPOUTS, *ops.COPIES):
             return ""
         if ops.is_call(node, *ops.CASTS):
+            return ""
+        if ops.is_call(node, "group_norm") and axis == 1:
             return ""
         rank = node.meta["val"].dim()
         if ops.is_call(node, "layer_norm", "rms_norm") and axis != rank - 1:

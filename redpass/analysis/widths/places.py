@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from redpass.analysis.structure import Structure, structure
+from redpass.analysis.experts import stack_of
+from redpass.analysis.structure import Branch, Structure, structure
+from redpass.analysis.widths.experts import Site, site_of
 from redpass.analysis.widths.narrowing import Width, Widths, widths
 from redpass.facts import Facts
 from redpass.program import Program
 
-EXPERT = "it is inside an expert, and experts are cut together or not at all"
+EXPERT = "it is inside one of several experts that are not stacked in one weight"
+ALONE = "no residual stream is around the experts"
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,18 @@ class ChannelPlaces:
     Attributes:
         by_label: `layers.3.feed-forward`, `channels.7` or `stream` (coupling groups), else
             `hidden.` and the node of the last reader.
-        kinds: label -> `feed-forward`, `channels` (a convolution has it) or `hidden`.
+        kinds: label -> `feed-forward`, `experts` (of a stack of them), `channels` (a convolution
+            has it) or `hidden`.
         obstacles: label -> why it cannot be cut; only those that cannot.
         table: all widths, for edits.
+        sites: label -> what is watched of a stack of experts.
     """
 
     by_label: Mapping[str, Width]
     kinds: Mapping[str, str]
     obstacles: Mapping[str, str]
     table: Widths
+    sites: Mapping[str, Site]
 
 
 def channel_places(program: Program, facts: Facts) -> ChannelPlaces:
@@ -38,23 +44,46 @@ def channel_places(program: Program, facts: Facts) -> ChannelPlaces:
     by_label: dict[str, Width] = {}
     kinds: dict[str, str] = {}
     obstacles: dict[str, str] = {}
+    sites: dict[str, Site] = {}
     for width in table.found:
         kind = _kind(program, found, width)
         label = _unique(_label(found, width, kind), by_label)
         by_label[label], kinds[label] = width, kind
         why = width.obstacle or _why_not(program, found, width)
+        if kind == "experts":
+            site = (
+                site_of(program, width, branch.after)
+                if (branch := _around(found, width))
+                else ALONE
+            )
+            if isinstance(site, Site):
+                sites[label] = site
+            else:
+                why = why or site
         if why:
             obstacles[label] = why
     return ChannelPlaces(
-        MappingProxyType(by_label), MappingProxyType(kinds), MappingProxyType(obstacles), table
+        MappingProxyType(by_label),
+        MappingProxyType(kinds),
+        MappingProxyType(obstacles),
+        table,
+        MappingProxyType(sites),
     )
 
 
 def _kind(program: Program, found: Structure, width: Width) -> str:
     if _branches(found, width):
         return "feed-forward"
+    if all(stack_of(program.nodes[reader.node]) for reader in width.readers):
+        return "experts"
     ranks = (program.weights[reader.weight].dim() for reader in width.readers)
     return "channels" if any(rank > 2 for rank in ranks) else "hidden"
+
+
+def _around(found: Structure, width: Width) -> Branch | None:
+    """The branch of experts that a width is inside of."""
+    nodes = {*width.makers, *(reader.node for reader in width.readers)}
+    return next((b for b in found.branches if b.experts and nodes <= b.path), None)
 
 
 def _branches(found: Structure, width: Width) -> list[str]:
@@ -65,6 +94,8 @@ def _branches(found: Structure, width: Width) -> list[str]:
 def _label(found: Structure, width: Width, kind: str) -> str:
     if kind == "feed-forward":
         return _branches(found, width)[0]
+    if kind == "experts" and (branch := _around(found, width)):
+        return branch.label
     held = {(holder.weight, holder.axis) for holder in width.holders}
     for group in found.coupling_groups:
         mine = {(member.weight, member.axis) for member in group.members}
@@ -83,7 +114,5 @@ def _unique(label: str, taken: Mapping[str, Width] | Sequence[str]) -> str:
 def _why_not(program: Program, found: Structure, width: Width) -> str:
     if program.is_fake:
         return "the weights carry no data"
-    nodes = {*width.makers, *(reader.node for reader in width.readers)}
-    if any(branch.experts is not None and nodes <= branch.path for branch in found.branches):
-        return EXPERT
-    return ""
+    is_stack = all(stack_of(program.nodes[reader.node]) for reader in width.readers)
+    return EXPERT if not is_stack and _around(found, width) else ""

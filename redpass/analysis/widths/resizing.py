@@ -17,7 +17,7 @@ SIZED = ("view", "reshape", "_unsafe_view", "expand")
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 GROUPS = 6
-"""Place of a convolution's number of groups."""
+"""Place of a convolution's number of groups; of a group norm's it is 1."""
 
 
 def resized(
@@ -52,6 +52,10 @@ def _named(
     if ops.is_call(node, *CONVOLUTIONS) and ops.argument(node, "groups") != 1:
         left = length(axes[1], sizes) * int(ops.argument(node, "groups")) // length(axes[1], {})
         return GROUPS if len(node.args) > GROUPS else "groups", left
+    if ops.is_call(node, "group_norm"):
+        return 1, length(axes[1], sizes) * int(ops.argument(node, "num_groups")) // length(
+            axes[1], {}
+        )
     if ops.is_call(node, "layer_norm", "rms_norm"):
         named: Any = node.args[1]
         return 1, _shape(named, axes[-len(named) :], sizes)
