@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from redpass.checks import archive, safetensors
+from redpass.checks import archive, safetensors, skeleton
 from redpass.errors import LoadError
 
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
@@ -31,16 +31,19 @@ KNOWN = "give a folder saved by save_pretrained of transformers or diffusers"
 
 
 def check(folder: Path) -> None:
-    """Checks a model folder: its configuration and its weights.
+    """Checks a model folder: its configuration, its weights, and that they belong together.
 
     Raises:
-        LoadError: see `read_config` and `safetensors.check_folder`.
+        LoadError: see `read_config`, `safetensors.check_folder` and `skeleton.check`.
     """
     folder = model_folder(folder)
     config, _ = read_config(folder / "config.json")
     check_kind(config, folder)
     _check_mentioned(config, folder)
-    check_counts(config, safetensors.check_folder(folder), folder)
+    tensors = safetensors.check_folder(folder)
+    check_counts(config, len(tensors), folder)
+    if "_class_name" not in config:
+        skeleton.check(config, tensors, folder)
 
 
 def check_kind(config: dict[str, Any], folder: Path) -> None:
@@ -68,7 +71,7 @@ def check_counts(config: dict[str, Any], tensors: int, folder: Path) -> None:
                 f"{value} parts for {tensors} tensors",
                 file=folder / "config.json",
                 place=key,
-                hint="the weights and config.json must belong together",
+                hint=skeleton.HINT,
             )
 
 

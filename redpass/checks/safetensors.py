@@ -23,11 +23,11 @@ FETCH = "fetch the file again"
 MAX_INDEX = 64 << 20
 
 
-def check_folder(folder: Path) -> int:
+def check_folder(folder: Path) -> dict[str, tuple[int, ...]]:
     """Checks the weights of a Hugging Face folder, one file or shards with an index.
 
     Returns:
-        How many tensors there are.
+        Name of each tensor -> its shape.
 
     Raises:
         LoadError: no weights, only pickled weights, a missing shard, or a damaged file.
@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> int:
     for stem in ("model", "diffusion_pytorch_model"):
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if single.exists() or single.is_symlink():
-            return len(check_file(single))
+            return _shapes(check_file(single))
         if index.is_file():
             return _check_shards(folder, index)
     pickled = sorted(path.name for path in folder.glob("*.bin"))
@@ -48,7 +48,11 @@ def check_folder(folder: Path) -> int:
     )
 
 
-def _check_shards(folder: Path, index: Path) -> int:
+def _shapes(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def _check_shards(folder: Path, index: Path) -> dict[str, tuple[int, ...]]:
     if archive.file_size(index, FETCH) > MAX_INDEX:
         raise LoadError(f"larger than {MAX_INDEX} bytes", file=index, hint=FETCH)
     there = {path.name for path in folder.iterdir()}
@@ -57,7 +61,7 @@ def _check_shards(folder: Path, index: Path) -> int:
         wanted = {str(name): str(file) for name, file in table.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise LoadError(f"not an index of shards: {error!r}", file=index, hint=FETCH) from error
-    held: dict[str, set[str]] = {}
+    held: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in sorted(set(wanted.values())):
         if Path(file).name != file:
             raise LoadError(f"a shard outside the folder: {file}", file=index, hint=FETCH)
@@ -65,7 +69,7 @@ def _check_shards(folder: Path, index: Path) -> int:
             raise LoadError(
                 "a shard is missing", file=index, place=file, hint="fetch all files of the model"
             )
-        held[file] = set(check_file(folder / file))
+        held[file] = _shapes(check_file(folder / file))
     lost = [name for name, file in wanted.items() if name not in held[file]]
     if lost:
         raise LoadError(
@@ -74,7 +78,7 @@ def _check_shards(folder: Path, index: Path) -> int:
             place=lost[0],
             hint="fetch all files of the model again",
         )
-    return len(wanted)
+    return {name: shape for file in held.values() for name, shape in file.items()}
 
 
 def check_file(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from redpass.checks import folder as checks
-from redpass.checks import safetensors
+from redpass.checks import safetensors, skeleton
 from redpass.errors import LoadError
 
 
@@ -40,7 +40,7 @@ def open_folder(folder: Path, *, fake: bool = False) -> Opened:
     config, notes = checks.read_config(folder / "config.json")
     checks.check_kind(config, folder)
     if not fake:
-        checks.check_counts(config, safetensors.check_folder(folder), folder)
+        checks.check_counts(config, len(safetensors.check_folder(folder)), folder)
     if "_class_name" in config:
         return Opened(_diffusers(folder, config, fake=fake), config, notes)
     return Opened(_transformers(folder, config, fake=fake), config, notes)
@@ -57,9 +57,7 @@ def _transformers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
     try:
         config = CONFIG_MAPPING[kind].from_dict(dict(raw))
     except Exception as error:
-        hint = "save the model again with save_pretrained"
-        found = f"the configuration is refused: {_short(error)}"
-        raise LoadError(found, file=file, hint=hint) from error
+        raise skeleton.refused_config(error, folder) from error
     kind_of_model = _model_class(raw, config, file)
     with quiet():
         module = _build(kind_of_model, config, folder, raw, fake=fake)
@@ -109,35 +107,14 @@ def _build(kind: Any, config: Any, folder: Path, raw: Mapping[str, Any], *, fake
 
     try:
         module, report = _with_attention(read)
-        if _only_pooler(report["missing_keys"]):
+        if skeleton.only_pooler(report["missing_keys"]):
             module, report = _with_attention(lambda how: read({**how, "add_pooling_layer": False}))
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(
-            f"transformers cannot load the weights: {_short(error)}",
-            file=folder,
-            hint="the weights and config.json must belong together",
-        ) from error
-    _check_report(report, folder)
+        raise skeleton.refused_model(error, folder) from error
+    skeleton.refuse(report, folder)  # else transformers would have filled in random numbers
     return module
-
-
-def _check_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Refuses weights that transformers would have filled with random numbers."""
-    hint = "the weights and config.json must belong together"
-    for name, *sizes in sorted(report.get("mismatched_keys", ())):
-        given, wanted = (tuple(size) for size in sizes)
-        found = f"has the shape {given}, config.json asks for {wanted}"
-        raise LoadError(found, file=folder, place=name, hint=hint)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        found = f"{len(missing)} weights are missing: {', '.join(missing[:5])}"
-        raise LoadError(found, file=folder, hint=hint)
-
-
-def _only_pooler(missing: Any) -> bool:
-    return bool(missing) and all("pooler." in name for name in missing)
 
 
 def _with_attention(build: Any) -> Any:
@@ -173,7 +150,8 @@ def _diffusers(folder: Path, raw: Mapping[str, Any], *, fake: bool) -> Any:
                 str(folder), local_files_only=True, use_safetensors=True
             ).eval()
     except Exception as error:
-        raise LoadError(f"diffusers cannot load it: {_short(error)}", file=folder) from error
+        found = f"diffusers cannot load it: {skeleton.short(error)}"
+        raise LoadError(found, file=folder) from error
 
 
 def _need(package: str) -> None:
@@ -184,10 +162,6 @@ def _need(package: str) -> None:
             f"this folder needs {package}, which is not installed",
             hint=f"pip install {'redpass[hf]' if package == 'transformers' else package}",
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 @contextmanager

@@ -251,6 +251,14 @@ def _overlap(table: dict[str, Any]) -> None:
     entry["data_offsets"] = [0, length]
 
 
+def _rename(table: dict[str, Any]) -> None:
+    table["unused"] = table.pop("embeddings.LayerNorm.bias")
+
+
+def _transpose(table: dict[str, Any]) -> None:
+    table["embeddings.word_embeddings.weight"]["shape"].reverse()
+
+
 def _index(table: dict[str, Any]) -> Callable[[Good, Path], Path]:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -478,12 +486,12 @@ CASES: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "hf: shard with an endless name": (_index({"weight_map": {"a": "x" * 5000}}), "is missing"),
     "hf: shard elsewhere": (_index({"weight_map": {"a": "../../x.safetensors"}}), "outside"),
     "hf: index is none": (_index({"weights": {}}), "not an index"),
-}  # fmt: skip
-"""What it is -> (what makes it, words of the reason)."""
-
-
-LATE: dict[str, tuple[Callable[[Good, Path], Path], str]] = {
     "hf: weights of another size": (_config(intermediate_size=24), "intermediate.dense"),
     "hf: weights that are missing": (_config(num_hidden_layers=3), "encoder.layer.2"),
-}
-"""What only PyTorch or transformers can tell: refused all the same, after their import."""
+    "hf: a weight is missing": (_header(_rename), "1 weights are missing"),
+    "hf: a weight is transposed": (_header(_transpose), r"\(8, 11\), config.* \(11, 8\)"),
+    "hf: weights of another vocabulary": (_config(vocab_size=12), "word_embeddings"),
+    "hf: weights of another width": (_config(hidden_size=16), "has the shape"),
+    "hf: heads that do not divide": (_config(num_attention_heads=3), "not a multiple"),
+}  # fmt: skip
+"""What it is -> (what makes it, words of the reason)."""

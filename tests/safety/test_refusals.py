@@ -42,19 +42,6 @@ def test_it_is_refused(name: str, good: crafted.Good, tmp_path: Path) -> None:
     assert not good.canary.exists()
 
 
-@pytest.mark.parametrize("name", crafted.LATE)
-def test_what_only_pytorch_can_tell_is_refused_by_the_loader(
-    name: str, good: crafted.Good, tmp_path: Path
-) -> None:
-    make, reason = crafted.LATE[name]
-    path = make(good, tmp_path)
-    source.check(path)
-    with pytest.raises(LoadError, match=reason) as caught:
-        load(path)
-    assert (caught.value.file or "").startswith(str(path))
-    assert caught.value.hint
-
-
 def test_the_good_ones_are_not(good: crafted.Good) -> None:
     for path in (good.pt, good.pt2, good.folder):
         source.check(path)
