@@ -8,6 +8,7 @@ only computes, logs, downloads or distributes is a stand-in.
 from __future__ import annotations
 
 import ast
+import itertools
 import logging
 import math
 import re
@@ -33,6 +34,9 @@ TYPES = (
     "double half int long short float8_e4m3fn float8_e5m2"
 )
 DECORATORS = "auto_docstring can_return_tuple merge_with_config_defaults capture_outputs"
+MOST_STEPS = 40_000
+"""Attributes of modules that are set before a model is too large to be drawn in a second."""
+
 STILL = (
     "init_parallel_plans _backward_compatibility_gradient_checkpointing "
     "_move_missing_keys_from_meta_to_device _initialize_missing_keys"
@@ -84,7 +88,7 @@ class _Folder:
             raise AttributeError(name)
         home = self._modules.file(self._package).parent
         for file in (*home.glob("configuration_*.py"), *home.glob("modeling_*.py")):
-            if re.search(rf"^class {name}\b", file.read_text("utf-8"), re.M):
+            if re.search(rf"^class {re.escape(name)}\b", file.read_text("utf-8"), re.M):
                 module = self._modules.load(f"{self._package}.{file.stem}")
                 if name in module.__all__:
                     return getattr(module, name)
@@ -145,10 +149,12 @@ def _layers(modules: Installed) -> None:
 
 
 def _watch(module: Any) -> None:
-    """Stops at an attribute of a module that may be a module or a weight, unknown to us."""
-    plain = module.Module.__setattr__
+    """Stops at an attribute that may be a module or a weight unknown to us, and at too many."""
+    plain, steps = module.Module.__setattr__, itertools.count()
 
     def watched(self: Any, name: str, value: Any) -> None:
+        if next(steps) > MOST_STEPS:
+            raise Undecided("a model of very many parts")
         if isinstance(value, Unknown) and not isinstance(value, shapes.Value):
             raise Undecided(f"{type(self).__name__}.{name} is {value._path}")
         plain(self, name, value)
@@ -163,9 +169,10 @@ def _transformers(modules: Installed) -> None:
     modules.stand_in("transformers.models.auto", _automatic(modules))
     decorators = dict.fromkeys(DECORATORS.split(), _unchanged)
     modules.stand_in(
-        "transformers.utils", _available(modules), **decorators, PushToHubMixin=_Pushed,
-        copy_func=_copied, is_env_variable_true=lambda *_: True, CONFIG_NAME="config.json",
-        torch_compilable_check=lambda *_, **__: None,
+        "transformers.utils", _available(modules), **decorators,
+        PushToHubMixin=_plain("PushToHubMixin", push_to_hub=lambda _: None), copy_func=_copied,
+        is_env_variable_true=lambda *_: True, torch_compilable_check=lambda *_, **__: None,
+        CONFIG_NAME="config.json",
         TransformersKwargs=_plain("TransformersKwargs"),
     )  # fmt: skip
     modules.stand_in(
@@ -234,8 +241,6 @@ def _integrations(modules: Installed) -> None:
 
 
 def _automatic(modules: Installed) -> Any:
-    """Names of automatic classes, whose file is run when a model is made of one."""
-
     def get(name: str) -> Any:
         if re.match("AutoModel|AutoBackbone", name):
             return type(name, (), {"from_config": staticmethod(lambda *v, **n: real(name, v, n))})
@@ -251,8 +256,6 @@ def _automatic(modules: Installed) -> Any:
 
 
 def _available(modules: Installed) -> Any:
-    """Names of a module, of which those that tell what is installed are real."""
-
     def get(name: str) -> Any:
         if re.fullmatch(r"is_\w+_available", name):
             return getattr(modules.load("transformers.utils.import_utils"), name)
@@ -266,14 +269,9 @@ def _unchanged(value: Any = None, *_: Any, **__: Any) -> Any:
     return value if is_code(value) else _unchanged
 
 
-def _plain(name: str) -> type:
+def _plain(name: str, **more: Any) -> type:
     given = {"__init_subclass__": classmethod(lambda _, **__: None), "apply": Unknown(name)}
-    return type(name, (), given)
-
-
-class _Pushed(_plain("Pushed")):  # type: ignore[misc]
-    def push_to_hub(self) -> None:
-        pass
+    return type(name, (), given | more)
 
 
 def _copied(f: Any) -> Any:

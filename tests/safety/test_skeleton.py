@@ -243,6 +243,17 @@ def test_a_layer_changed_by_a_function_is_left_to_the_loader(modules: installed.
         drawn(modules, json.loads(config.to_json_string()))
 
 
+@pytest.mark.parametrize(
+    "values", [{"num_hidden_layers": 4000}, {"architectures": ["(a+)+$"]}, {"num_labels": 10**12}]
+)
+def test_a_configuration_made_to_keep_it_busy_is_left_alone(
+    values: dict[str, Any], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved("LlamaForCausalLM"), tmp_path / "model")
+    config_with(**values)(folder)
+    assert said(checks.check, folder) == "nothing"
+
+
 def test_nothing_of_it_stays_behind(saved: Callable[[str], Path]) -> None:
     before = set(sys.modules)
     source.check(saved("LlamaForCausalLM"))
