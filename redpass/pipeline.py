@@ -50,6 +50,8 @@ FEW = 8
 
 NOT_FOR_IT = "leave the pass out of --passes; `redpass inspect` shows the structure that was found"
 
+SEE_SKIPS = "other options may find some; `redpass inspect` shows the structure that was found"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -195,17 +197,21 @@ class _Run:
         )
         search.run(passes, only)
         self.searches.append(search)
-        if self.is_named and not search.pool:
+        if self.is_named and not search.pool and not only:
             self._refuse(passes)
         if search.held and search.accepted:
             self._search(passes, search.held)
 
     def _refuse(self, passes: Sequence[Pass]) -> None:
         """Raises when passes that were asked for by name find nothing they could work on."""
-        names = {pass_.name for pass_ in passes}
-        reasons = [s for s in self.engine.skips if s.pass_name in names and s.target == "graph"]
-        if reasons:
-            raise PassError(reasons[0].reason, place=reasons[0].pass_name, hint=NOT_FOR_IT)
+        skips = [s for s in self.engine.skips if s.pass_name in {pass_.name for pass_ in passes}]
+        for reason in (s for s in skips if s.target == "graph"):
+            raise PassError(reason.reason, place=reason.pass_name, hint=NOT_FOR_IT)
+        ladders = {pass_.name for pass_ in passes if getattr(pass_, "fits", False)}
+        for reason in (s for s in skips if s.pass_name in ladders):
+            rest = len([s for s in skips if s.pass_name in ladders]) - 1
+            found = f"{reason.target}: {reason.reason}" + f"; {rest} more places" * bool(rest)
+            raise PassError(f"no place can be cut: {found}", place=reason.pass_name, hint=SEE_SKIPS)
 
     def _record(self, verdict: Verdict, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin

@@ -12,12 +12,13 @@ from redpass import rewrite
 from redpass.budget.preflight import chosen_passes
 from redpass.budget.shares import choose
 from redpass.budget.spec import parse_budget
-from redpass.data import Batches
-from redpass.errors import UsageError
+from redpass.data import Batches, Splits
+from redpass.errors import PassError, UsageError
 from redpass.facts import Facts
 from redpass.passes import PASSES
 from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.spec import as_passes, parse_passes
+from redpass.pipeline import optimize
 from redpass.program import Program
 
 WIDTHS = (
@@ -193,3 +194,17 @@ def test_half_precision_is_fitted_and_stays_half(
         assert bool(found.isfinite().all())
         assert action.loss is not None
         assert 0 <= action.loss < 1
+
+
+def test_a_pass_asked_for_by_name_that_can_do_nothing_is_an_error(
+    residual: Program, residual_data: Splits
+) -> None:
+    with pytest.raises(PassError, match=r"no place can be cut: stream: .* 4 more places") as told:
+        optimize(
+            residual,
+            "prune_channels(multiple=64)",
+            budget="relative_error<=0.5",
+            data=residual_data,
+        )
+    assert told.value.place == "prune_channels"
+    assert told.value.exit_code != 0
