@@ -55,7 +55,9 @@ class Draft:
 
     def weight(self, old: str, what: str, value: Tensor) -> WeightRef:
         """Puts down a weight made from the weight `old`."""
-        name = new_name(self.program, old, what)
+        name, number = new_name(self.program, old, what), 2
+        while name in self._weights:
+            name, number = new_name(self.program, old, f"{what}_{number}"), number + 1
         value = value.contiguous()
         self.edits.append(SetWeight(name, value, f"{old}, {what}"))
         self._weights[name] = fake_tensor(self._mode, value)

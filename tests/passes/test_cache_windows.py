@@ -15,7 +15,7 @@ from torch import Tensor
 import redpass
 from redpass import rewrite
 from redpass.analysis.caches.parts import Factors
-from redpass.analysis.caches.windows import SKEWED, whole_basis
+from redpass.analysis.caches.windows import turned
 from redpass.analysis.cost import total_cost
 from redpass.data import Batches, Splits
 from redpass.errors import DataError, PassError, UsageError
@@ -290,16 +290,13 @@ def test_attention_that_makes_its_own_mask_is_left_alone() -> None:
     }
 
 
-def test_a_basis_begins_with_what_is_kept_or_there_is_none() -> None:
+def test_a_basis_begins_with_what_latents_give_back() -> None:
     generator = torch.Generator().manual_seed(0)
     down = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator)
-    up = torch.linalg.pinv(down)
-    basis = whole_basis(Factors(down, up))
-    assert basis is not None
-    assert torch.allclose(basis.down[:, :2], down)
-    assert torch.allclose(basis.down @ basis.up, torch.eye(6, dtype=torch.float64))
-    assert torch.equal(basis.up[:, :, :2], up)
-    assert whole_basis(Factors(down, 0 * up)) is None
-    skewed = torch.eye(6, dtype=torch.float64)[None, :, :2].clone()
-    skewed[0, 2, :] = torch.tensor([1.0, 1.0]) * 100 * SKEWED
-    assert whole_basis(Factors(torch.eye(6, dtype=torch.float64)[None, :2], skewed)) is None
+    up = torch.randn(3, 6, 2, dtype=torch.float64, generator=generator)
+    up[0, :, 1] = 0.0
+    up[1, :, 1] = 1e6 * up[1, :, 0]
+    latent, basis = turned(Factors(down, up))
+    assert torch.allclose(latent.up @ latent.down, up @ down)
+    assert torch.allclose(basis.up @ basis.down, torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(basis.down @ latent.up, torch.eye(6, dtype=torch.float64)[:, :2])

@@ -49,8 +49,6 @@ from redpass.program import Program
 
 aten = torch.ops.aten
 END = 2**63 - 1
-SKEWED = 1e3
-"""Condition of a basis beyond which numbers are not carried over into it."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,12 @@ class _Halves:
         far: what they give back, `[batch, heads, past + seq, width]`.
         new: new positions in full, `[batch, heads, seq, width]`.
         resized: the state that holds latents.
-        basis: change of basis that both halves are in; None for none.
     """
 
     join: Ref
     far: Ref
     new: Ref
     resized: tuple[Edit, ...]
-    basis: Factors | None = None
 
 
 def windowed(
@@ -87,9 +83,10 @@ def windowed(
     """
     _check(cache)
     draft, site, core = start_draft(cache, "window"), cache.site, cache.site.core.node
-    basis = None if rebuilt or size > 1 else whole_basis(factors)
-    if basis is not None:
-        halves = _in_basis(draft, cache, factors, basis)
+    basis = None
+    if not rebuilt and size == 1:
+        latent, basis = turned(factors)
+        halves = _in_basis(draft, cache, latent, basis)
     elif rebuilt:
         halves = _rebuilt(draft, cache, factors, size)
     else:
@@ -163,40 +160,40 @@ def check_rows(
         )
 
 
-def whole_basis(factors: Factors) -> Factors | None:
-    """Returns a change of basis whose first numbers are the latents; None where none is sound.
+def turned(factors: Factors) -> tuple[Factors, Factors]:
+    """Returns the same factors with other latents, and an orthogonal basis that begins with those.
 
-    `down` of the result is `[groups, width, width]`, its first `rank` rows are those of `factors`,
-    and `up` is its inverse, whose first columns are those of `factors`. So latents with zeros
-    behind them are, in that basis, what the latents give back.
+    In that basis, latents with zeros behind them are what they give back, less the mean.
+
+    Returns:
+        factors with orthonormal columns of `up`, and the basis: `down` `[groups, width, width]` is
+        the transpose of `up`, and the mean is that of the factors.
     """
-    down, up, rank = factors.down, factors.up, factors.rank
-    if not torch.allclose(down @ up, torch.eye(rank, dtype=down.dtype), atol=1e-6):
-        return None
-    rest = torch.linalg.svd(down).Vh[:, rank:].mT
-    whole = torch.cat([up, rest], 2)
-    scaled = whole / whole.norm(dim=1, keepdim=True)
-    if float(torch.linalg.cond(scaled).max()) > SKEWED:
-        return None
-    return Factors(torch.linalg.inv(whole), whole)
+    basis, triangle = torch.linalg.qr(factors.up, mode="complete")
+    rank = factors.rank
+    latent = Factors(triangle[:, :rank] @ factors.down, basis[:, :, :rank], factors.mean)
+    return latent, Factors(basis.mT, basis, factors.mean)
 
 
-def _in_basis(draft: Draft, cache: CacheSide, factors: Factors, basis: Factors) -> _Halves:
-    new = make_latent(draft, cache, basis, cache.new, folded=cache.is_moved_only)
-    latent = draft.call(aten.slice.Tensor, new, 3, 0, factors.rank)
-    join, resized = join_kept(draft, cache, factors, latent)
-    gap = cache.width - factors.rank
+def _in_basis(draft: Draft, cache: CacheSide, latent: Factors, basis: Factors) -> _Halves:
+    """Both halves less the mean: it moves no scores, and values get it back behind the attention.
+
+    So the far half is latents with zeros behind them.
+    """
+    folded, name = cache.is_moved_only, cache.side.linear.weight
+    new = make_latent(draft, cache, basis, cache.new, folded=folded)
+    if basis.mean is not None and bool(basis.mean.any()):
+        row = as_typed((basis.down @ basis.mean.unsqueeze(2)).mT, cache.new)
+        mean = draft.weight(name, f"{cache.side.kind}_mean", row)
+        new = draft.call(aten.sub.Tensor, new, mean)
+    short = make_latent(draft, cache, latent, cache.new, folded=folded)
+    join, resized = join_kept(draft, cache, latent, short)
+    gap = cache.width - latent.rank
     if not gap:
-        return _Halves(join, join, new, resized, basis)
-    rest = torch.zeros(factors.groups, 1, gap, dtype=torch.float64)
-    if factors.mean is not None:
-        rest = (basis.down @ factors.mean.unsqueeze(2)).mT[:, :, factors.rank :]
-    name = cache.side.linear.weight
-    row = draft.weight(name, f"{cache.side.kind}_rest", as_typed(rest, cache.new))
+        return _Halves(join, join, new, resized)
     batch, total = (draft.call(aten.sym_size.int, join, axis) for axis in (0, 2))
-    wide = draft.call(aten.expand.default, row, [batch, factors.groups, total, gap])
-    far = draft.call(aten.cat.default, [join, wide], 3)
-    return _Halves(join, far, new, resized, basis)
+    zeros = draft.call(aten.new_zeros.default, join, [batch, latent.groups, total, gap])
+    return _Halves(join, draft.call(aten.cat.default, [join, zeros], 3), new, resized)
 
 
 def _rebuilt(draft: Draft, cache: CacheSide, factors: Factors, size: int) -> _Halves:
