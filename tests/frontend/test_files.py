@@ -14,7 +14,7 @@ from torch import nn
 
 from redpass.checks import pt2_model
 from redpass.errors import LoadError, UsageError
-from redpass.frontend import load
+from redpass.frontend import NaNWeightsWarning, load
 
 SPEC = ["input:float32[batch,4]"]
 
@@ -66,6 +66,16 @@ def test_a_pickled_module_of_pytorchs_own_layers(tmp_path):
     program = load(tmp_path / "m.pt", inputs=SPEC)
     assert program.origin.kind == "pt"
     assert torch.equal(program(x)[0], module(x))
+
+
+def test_nan_in_a_pickled_weight_warns_with_its_name(tmp_path):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        module[1].weight[0, 1] = float("nan")
+    torch.save(module, tmp_path / "m.pt")
+    with pytest.warns(NaNWeightsWarning) as caught:
+        load(tmp_path / "m.pt", inputs=["input:float32[batch,4]"])
+    assert [str(each.message) for each in caught] == ["weight '1.weight' holds NaN or infinity"]
 
 
 def test_a_pickled_module_needs_inputs(tmp_path):
