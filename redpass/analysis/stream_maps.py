@@ -29,6 +29,7 @@ from redpass.analysis.refits import match_branches
 from redpass.analysis.ridge import Sums, best_fit, fitted, is_held_back
 from redpass.analysis.structure import structure
 from redpass.analysis.tokens import Tokens
+from redpass.errors import UsageError
 from redpass.facts import Facts
 from redpass.plan import Action, Edit, Insert, Ref, Replace, SetWeight, WeightRef
 from redpass.program import Program
@@ -79,6 +80,7 @@ def stream_maps(program: Program, facts: Facts, rank: int = 0) -> tuple[StreamMa
 
     Raises:
         DataError: no calibration data, a single batch, or values that are NaN or infinite.
+        UsageError: a rank above the stream's width.
     """
     if program.lineage is None:
         return ()
@@ -107,6 +109,9 @@ def _gaps(program: Program, original: Program, facts: Facts) -> Iterator[_Gap]:
 
 def _fit(compared: Compared, gap: _Gap, rank: int) -> StreamMap | None:
     width = int(compared.program.nodes[gap.value].meta["val"].shape[-1])
+    if rank > width:
+        hint = f"the stream has {width} features: give 1 to {width}, or 0 to choose"
+        raise UsageError(f"a rank of {rank}", place="map_stream", hint=hint)
     sums = [Sums(width + 1, width) for _ in range(2)]
     for number, (stream,), target in compared.batches((gap.value,), gap.target, gap.label):
         features = torch.nn.functional.pad(stream, (0, 1), value=1.0)

@@ -68,12 +68,14 @@ def test_there_is_no_map_where_it_gains_nothing():
     assert mapped(tower(), rows(0))[0].actions == ()
 
 
-def test_one_batch_and_a_negative_rank_are_refused():
+def test_one_batch_and_ranks_that_cannot_be_are_refused():
     dropped = without(tower(4), 2)
     with pytest.raises(DataError, match="two calibration batches"):
         mapped(dropped, Batches(rows(0)[:1]))
     with pytest.raises(UsageError, match="rank of -1"):
         mapped(dropped, rows(0), rank=-1)
+    with pytest.raises(UsageError, match=r"rank of 5\n  the stream has 4 features"):
+        mapped(dropped, rows(0), rank=5)
 
 
 def splits() -> Splits:

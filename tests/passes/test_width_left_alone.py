@@ -52,6 +52,34 @@ def test_quantised_projections_are_left_alone(pass_: Pass, monkeypatch: pytest.M
     assert {skip.reason for skip in plan.skips} == {"no plain linear layer makes its queries"}
 
 
+class _Complex(attending._Layer):
+    """Positions turn heads as complex numbers: neighbouring channels are a number's two parts."""
+
+    def turned(self, value: fx.Node, length: fx.Node) -> fx.Node:
+        b, aten = self.b, attending.aten
+        steps = b.call(aten.arange.default, length, dtype=torch.float32)
+        rates = b.weight(f"rates_{value.name}", 0.5 ** torch.arange(attending.DIM // 2).float())
+        angles = b.call(aten.mul.Tensor, b.call(aten.unsqueeze.default, steps, 1), rates)
+        turns = b.call(aten.polar.default, b.call(aten.ones_like.default, angles), angles)
+        shape = [attending.DIM // 2, 2]
+        parts = b.call(aten.unflatten.int, b.call(aten.contiguous.default, value), 3, shape)
+        numbers = b.call(aten.view_as_complex.default, parts)
+        turned = b.call(aten.view_as_real.default, b.call(aten.mul.Tensor, numbers, turns))
+        return b.call(aten.flatten.using_ints, turned, 3)
+
+
+@pytest.mark.parametrize("pass_", PASSES, ids=lambda pass_: pass_.name)
+def test_heads_turned_as_complex_numbers_are_left_alone(
+    pass_: Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attending, "_Layer", _Complex)
+    what = Attending(rotary=True, keys=2)
+    plan = _plan(pass_, what.program(), what.batches(2))
+    assert not [action for action in plan.actions if "values" not in action.target]
+    assert all(skip.reason for skip in plan.skips)
+    assert plan.skips
+
+
 @pytest.mark.parametrize("pass_", PASSES, ids=lambda pass_: pass_.name)
 def test_a_projection_that_two_layers_share_is_left_alone_in_both(pass_: Pass) -> None:
     what = Attending(layers=2, rotary=True)
