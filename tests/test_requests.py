@@ -51,6 +51,7 @@ def test_wrong_passes(text: str, found: str) -> None:
 
 
 WRONG = [
+    ["--input", "x:float31[batch,2]"],
     ["--passes", "drop_branchs"],
     ["--reduce", "drop_branchs"],
     ["--passes", "drop_branches(kind='x')"],

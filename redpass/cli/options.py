@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
+from redpass.checks.input_specs import parse_all
+
 # Whether a file can be read is told by the loaders, in the one form of all errors.
 PathOption = functools.partial(Option, readable=False)
 PathArgument = functools.partial(Argument, readable=False)
@@ -93,6 +95,10 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = False
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for an input spec that is none, before anything slow is imported."""
+        parse_all(self.input)
 
 
 @dataclass(frozen=True)

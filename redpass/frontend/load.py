@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redpass.checks.input_specs import FORM, parse_all
 from redpass.checks.source import existing, unknown
 from redpass.errors import RedpassError, UsageError
 from redpass.frontend import adapt, batches, huggingface, pickled, pt2, pt2_ports, specs
@@ -67,7 +68,7 @@ def load(
         raise UsageError(
             "a pickled module does not say what its inputs look like",
             file=path,
-            hint=f"{specs.FORM} with --input (inputs=...), or pass example=...",
+            hint=f"{FORM} with --input (inputs=...), or pass example=...",
         )
     return _trace(opened.module, origin, given, inputs, task, fake)
 
@@ -171,7 +172,7 @@ def _without_data(program: Program) -> Program:
 
 
 def _adapt(module: nn.Module, example: Example | None, inputs: Sequence[str]) -> Adapted:
-    described = specs.parse_all(inputs)
+    described = parse_all(inputs)
     if described:
         values = specs.example(described) if example is None else _by_name(module, example)
         return Adapted(module, values, {spec.name: spec.axes for spec in described})
