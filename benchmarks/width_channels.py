@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,11 +151,13 @@ def _of(found: Sequence[Mapping[str, object]], model: str, share: float, method:
 
 def page(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
     """Yields the lines of the page."""
-    seeds = len({record["seed"] for record in found})
+    runs = {(str(record["model"]), record["seed"]) for record in found}
+    counted = Counter(model for model, _ in runs)
+    seeds = ", ".join(f"{model}: {count}" for model, count in sorted(counted.items()))
     yield "# Feed-forward channels: which go, and what a repair brings"
     yield ""
     yield (
-        f"{seeds} seeds, each half of the calibration rows; loss increase in nats per token on "
+        f"Seeds ({seeds}) pick half of the calibration rows; loss increase in nats per token on "
         f"reporting rows; in brackets the original's perplexity. Goal: repaired at most {GOAL} of "
         f"'{BEST_BARE}'."
     )
