@@ -64,7 +64,7 @@ def line_charts(curves: Iterable[Curve]) -> list[LineChart]:
 
 def _chart(metric: str, cost: str, curves: Sequence[Curve]) -> LineChart:
     points = [p for curve in curves for p in curve.points if _is_finite(p.quality)]
-    x = scale([0.0, *(100 * point.removed for point in points)])
+    x = scale([0.0, *(100 * point.removed for point in points)], is_share=True)
     y = scale(end for point in points for end in _ends(point))
     better = f"{metric}, {curves[0].better} is better"
     return LineChart(

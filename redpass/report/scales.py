@@ -35,15 +35,17 @@ class Scale:
         return min(1.0, max(0.0, share))
 
 
-def scale(values: Iterable[float], *, with_zero: bool = False) -> Scale:
+def scale(values: Iterable[float], *, with_zero: bool = False, is_share: bool = False) -> Scale:
     """Returns an axis that holds all finite values; logarithmic when they span a wide range.
 
     Args:
         with_zero: bars start at zero unless the axis is logarithmic.
+        is_share: shares of a whole are never logarithmic.
     """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     positive = [value for value in known if value > 0]
-    if min(known) >= 0 and positive and max(positive) > WIDE * min(positive):
+    is_wide = bool(positive) and max(positive) > WIDE * min(positive)
+    if min(known) >= 0 and is_wide and not is_share:
         return _log(min(positive), max(positive))
     low = min(0.0, *known) if with_zero else min(known)
     return _linear(low, max(known))

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from sample import DROPPED, hostile, sample
 
-from redpass.record import CostRecord, CurvePoint, RunRecord
+from redpass.record import CostRecord, Curve, CurvePoint, RunRecord
 from redpass.report import rows
+from redpass.report.curves import line_charts
 from redpass.report.page import render
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -195,3 +196,10 @@ def test_dropped_layers_are_struck_through(record: RunRecord) -> None:
     rows = [a for tag, a in page.elements if tag == "tr" and a.get("class") == "gone"]
     assert len(rows) == 1
     assert [a for tag, a in page.elements if tag == "text" and a.get("class") == "gone"]
+
+
+def test_what_was_removed_is_on_an_even_axis_however_small_the_first_step() -> None:
+    points = [CurvePoint(removed, 1e-6 + removed, 0.0) for removed in (0.0, 0.002, 0.7)]
+    [chart] = line_charts([Curve("greedy", "kl", "lower", points, "parameters")])
+    assert [tick.text for tick in chart.columns] == ["0", "20", "40", "60", "80"]
+    assert "log" in chart.y_title
