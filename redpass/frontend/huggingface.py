@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +168,33 @@ def _need(package: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the libraries' load reports and bars off the terminal; errors still raise."""
-    import transformers.utils.logging as log
+    """Keeps the libraries' reports and bars off the terminal; errors still raise.
+
+    Their settings are the caller's again afterwards.
+    """
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for package in ("transformers", "diffusers"):
+            if package in sys.modules:
+                stack.enter_context(_silenced(import_module(f"{package}.utils.logging")))
+        yield
+
+
+@contextmanager
+def _silenced(log: Any) -> Iterator[None]:
+    """Keeps one library silent; `log` is its module of settings."""
+    from huggingface_hub import utils as hub
 
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    hidden = hub.are_progress_bars_disabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+        # transformers' switch turns the hub's bars, too, which have a switch of their own.
+        if hub.are_progress_bars_disabled() != hidden:
+            (hub.disable_progress_bars if hidden else hub.enable_progress_bars)()

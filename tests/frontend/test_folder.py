@@ -1,17 +1,21 @@
 """Hugging Face folders: encoders, vision, audio, denoisers; and folders that are damaged."""
 
 import json
+import logging
 import os
 import re
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
 
 from redpass.errors import LoadError
 from redpass.frontend import load, random_inputs
+from redpass.frontend.huggingface import open_folder
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 SIZE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -88,15 +92,22 @@ def test_what_a_folder_says_about_itself(bert):
     assert program.signature.dims == {"batch": (1, None), "seq": (1, 64)}
 
 
-def test_a_denoiser_of_diffusers(tmp_path):
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("denoiser")
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
     ).eval()  # fmt: skip
-    model.save_pretrained(tmp_path)
-    program = load(tmp_path)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_denoiser_of_diffusers(denoiser):
+    model, folder = denoiser
+    program = load(folder)
     assert program.origin.task == "denoiser"
     assert [p.name for p in program.signature.inputs] == [
         "hidden_states",
@@ -107,6 +118,33 @@ def test_a_denoiser_of_diffusers(tmp_path):
     with torch.no_grad():
         expected = model(**inputs).sample
     assert (program(**inputs)[0] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+@pytest.mark.parametrize("bars", [True, False])
+def test_libraries_are_silent_and_their_settings_stay(library, bars, bert, request, capfd):
+    folder = (bert if library == "transformers" else request.getfixturevalue("denoiser"))[1]
+    log = import_module(f"{library}.utils.logging")
+    said, handler = [], logging.Handler()
+    handler.emit = said.append
+    log.add_handler(handler)
+    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.set_verbosity_warning()
+    (log.enable_progress_bar if bars else log.disable_progress_bar)()
+    hub = huggingface_hub.utils
+    (hub.disable_progress_bars if bars else hub.enable_progress_bars)()
+    try:
+        open_folder(folder)
+        assert capfd.readouterr() == ("", "")
+        assert not [record.getMessage() for record in said]
+        assert log.is_progress_bar_enabled() is bars
+        assert hub.are_progress_bars_disabled() is bars
+        assert log.get_verbosity() == logging.WARNING
+    finally:
+        log.remove_handler(handler)
+        log.set_verbosity(level)
+        (log.enable_progress_bar if shown else log.disable_progress_bar)()
+        hub.enable_progress_bars()
 
 
 def test_fake_needs_no_weights(copy):
