@@ -146,16 +146,26 @@ class _Checker:
     def spec(self, text: Any) -> None:
         if not isinstance(text, str):
             raise self.refuse("a tree spec that is no text")
-        if text:
-            self.spec_part(parse(text.encode(), self.file, self.place)[1], 0)
+        if not text:
+            return
+        found = parse(text.encode(), self.file, self.place)
+        if not isinstance(found, list) or len(found) != 2:
+            raise self.refuse("a tree spec without its two parts")
+        self.spec_part(found[1], 0)
 
     def spec_part(self, spec: Any, depth: int) -> None:
-        context = spec.get("context") if isinstance(spec, dict) else "{"
-        plain = context is None or (isinstance(context, str) and "{" not in context)
-        if depth > MAX_DEPTH or not plain or spec.get("type") not in _SPEC_TYPES:
+        if depth > MAX_DEPTH or not _is_plain_spec(spec):
             raise self.refuse("a tree spec of a kind of its own")
         for child in spec.get("children_spec") or ():
             self.spec_part(child, depth + 1)
+
+
+def _is_plain_spec(spec: Any) -> bool:
+    if not isinstance(spec, dict) or not isinstance(spec.get("children_spec", []), list | None):
+        return False
+    kind, context = spec.get("type"), spec.get("context")
+    is_plain = context is None or (isinstance(context, str) and "{" not in context)
+    return is_plain and isinstance(kind, str | None) and kind in _SPEC_TYPES
 
 
 def is_known_target(target: str) -> bool:
@@ -167,9 +177,11 @@ def is_known_target(target: str) -> bool:
 
 def is_device(value: Any) -> bool:
     """Whether `value` names a device that PyTorch has a name for, and at most its number."""
-    if not isinstance(value, dict) or value.get("type") not in DEVICES:
+    if not isinstance(value, dict):
         return False
-    index = value.get("index")
+    kind, index = value.get("type"), value.get("index")
+    if not isinstance(kind, str) or kind not in DEVICES:
+        return False
     return index is None or (type(index) is int and 0 <= index < 128)
 
 

@@ -358,3 +358,15 @@ def test_the_size_functions_a_file_may_name_are_those_of_the_ops_table():
     assert {t.replace("torch.sym_", "torch.") for t in pt2_model.SIZE_TARGETS} - {
         "_operator.getitem"
     } == {t.replace("torch.sym_", "torch.") for t in found}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"device": {"type": ["cpu"], "index": None}}, {"device": {"type": {}, "index": 0}},
+     {"in_spec": "5"}, {"in_spec": "[1]"}, {"in_spec": '{"1": 2}'}, {"in_spec": "[1, 5]"},
+     {"in_spec": '[1, {"type": ["builtins.list"]}]'}, {"out_spec": '[1, {"children_spec": 5}]'},
+     {"out_spec": '[1, {"children_spec": [[]]}]'}, {"out_spec": '[1, {"context": 5}]'}],
+)  # fmt: skip
+def test_values_of_a_wrong_kind_are_refused_with_file_and_place(damage, tmp_path):
+    with pytest.raises(LoadError, match=r"models/model\.json"):
+        pt2_model.check_model({"graph": [damage]}, tmp_path / "m.pt2", "models/model.json")
