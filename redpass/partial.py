@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from redpass import half_precision
 from redpass.fake import is_same_size
 from redpass.plan import Ref
 from redpass.program import Program
@@ -83,7 +84,7 @@ class Part:
             return self.program.weights[str(node.target)]
         args = fx.node.map_arg(node.args, lambda n: now[n.name])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: now[n.name])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return half_precision.call(node.target, args, kwargs)  # type: ignore[arg-type]
 
 
 def unchanged(before: Program, after: Program) -> frozenset[str]:

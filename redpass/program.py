@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from redpass import half_precision
 from redpass.errors import UsageError
 from redpass.signature import Port as Port
 from redpass.signature import Shape as Shape
@@ -262,6 +263,9 @@ class _Interpreter(fx.Interpreter):
         super().__init__(program.graph_module, garbage_collect_values=True)
         self._observe = observe
         self._originals = program.nodes
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return half_precision.call(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

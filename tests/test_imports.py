@@ -21,6 +21,7 @@ LAYERS = (
     {"checks"},
     {
         "text",
+        "half_precision",
         "signature",
         "program",
         "ops",

@@ -10,6 +10,7 @@ from torch import Tensor
 from redpass.data import Batches
 from redpass.errors import DataError, nearest
 from redpass.journal import Journal
+from redpass.partial import Part
 from redpass.program import Port, Program
 from redpass.verify.inputs import complete
 
@@ -98,5 +99,8 @@ class Originals:
 
 def run_port(program: Program, batch: Any, port: str) -> Tensor:
     """Runs `program` on one batch and returns one output."""
-    names = [output.name for output in program.signature.outputs]
-    return program(**complete(program, batch))[names.index(port)]
+    values = program.bind((), complete(program, batch))
+    name = program.output_value(port).name
+    given = {node.name: value for node, value in zip(program.inputs, values, strict=True)}
+    found: Tensor = Part(program, (name,), ()).run(given)[name]
+    return found
