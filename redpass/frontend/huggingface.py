@@ -183,8 +183,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _silenced(log: Any) -> Iterator[None]:
     """Keeps one library silent; `log` is its module of settings."""
-    from huggingface_hub import utils as hub
-
+    hub: Any = import_module("huggingface_hub.utils")
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     hidden = hub.are_progress_bars_disabled()
     log.set_verbosity_error()
