@@ -36,6 +36,20 @@ def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
+def limited(
+    mode: FakeTensorMode, like: Tensor, axis: int, most: int, sizes: Mapping[int, int]
+) -> Tensor:
+    """Returns a fake value like another one, with at most `most` entries along one axis.
+
+    Args:
+        sizes: axis -> its new constant size.
+    """
+    shape = [sizes.get(place, size) for place, size in enumerate(like.shape)]
+    with mode:
+        shape[axis] = torch.sym_min(most, shape[axis])
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
 def fake_call(
     mode: FakeTensorMode, node: fx.Node, instead: Mapping[fx.Node, Any] | None = None
 ) -> Any:
@@ -117,11 +131,7 @@ class Sizes:
         self, like: fx.Node, node: fx.Node, axis: int, most: int, sizes: Mapping[int, int]
     ) -> None:
         """Gives an input the value of another one, with other sizes and at most `most` entries."""
-        old = like.meta["val"]
-        shape = [sizes.get(place, size) for place, size in enumerate(old.shape)]
-        with self.mode:
-            shape[axis] = torch.sym_min(most, shape[axis])
-            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+        node.meta["val"] = limited(self.mode, like.meta["val"], axis, most, sizes)
 
     def propagate(self, graph: fx.Graph) -> None:
         """Computes the values again behind every change, as far as sizes differ.

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from redpass.analysis.heads.axes import Unfit
 from redpass.analysis.linears import new_name
-from redpass.fake import fake_mode, fake_tensor
+from redpass.fake import fake_mode, fake_tensor, limited
 from redpass.plan import Edit, Insert, Ref, SetWeight, WeightRef
 from redpass.program import Program
 
@@ -73,11 +73,7 @@ class Draft:
 
     def limited(self, name: str, node: fx.Node, axis: int, most: int, sizes: Sizing) -> Ref:
         """Returns a reference to an input that an `AddState` puts beside the input `node`."""
-        old = node.meta["val"]
-        shape = [sizes.get(place, size) for place, size in enumerate(old.shape)]
-        with self._mode:
-            shape[axis] = torch.sym_min(most, shape[axis])
-            self._values[name] = torch.empty(shape, dtype=old.dtype)
+        self._values[name] = limited(self._mode, node.meta["val"], axis, most, sizes)
         return Ref(name)
 
     def shape(self, ref: Ref) -> torch.Size:
