@@ -3,8 +3,8 @@
 import math
 import sys
 import types
-from typing import Any
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
