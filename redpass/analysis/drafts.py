@@ -14,6 +14,9 @@ from redpass.fake import fake_mode, fake_tensor, limited
 from redpass.plan import Edit, Insert, Ref, SetWeight, WeightRef
 from redpass.program import Program
 
+END = 2**63 - 1
+"""The end of a slice that goes on to the last place."""
+
 Sizing = Mapping[int, int]
 """Axis -> its new constant size."""
 

@@ -22,12 +22,11 @@ from torch import Tensor, fx
 
 from redpass import ops
 from redpass.analysis.caches.sites import CacheSide
-from redpass.analysis.drafts import Draft
+from redpass.analysis.drafts import END, Draft
 from redpass.analysis.heads.axes import Unfit
 from redpass.plan import Ref
 
 aten = torch.ops.aten
-END = 2**63 - 1
 
 
 class AllPositions:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from redpass import ops
 from redpass.analysis.caches.sites import CacheSide
-from redpass.analysis.drafts import Draft
-from redpass.analysis.heads.axes import Unfit
+from redpass.analysis.drafts import END, Draft
+from redpass.analysis.heads.axes import Unfit, named
 from redpass.plan import Edit, Once, Ref, SetArgument, SetCall
 
 aten = torch.ops.aten
-END = 2**63 - 1
 OTHER = {"key": "value", "value": "key"}
 
 
@@ -125,15 +123,7 @@ def _read_mask(core: fx.Node, mask: Ref) -> Edit:
     given = ops.argument(core, "attn_mask")
     if given is not None:
         return SetArgument(core.name, given.name, mask.name)
-    args, kwargs = _as_refs(core.args), _as_refs(dict(core.kwargs))
+    args, kwargs = named((core.args, dict(core.kwargs)))
     if len(args) > 3:
         return SetCall(core.name, (*args[:3], mask, *args[4:]), kwargs)
     return SetCall(core.name, args, {**kwargs, "attn_mask": mask})
-
-
-def _as_refs(item: Any) -> Any:
-    """What a node is given, as an edit says it."""
-    return fx.node.map_aggregate(
-        item,
-        lambda leaf: Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf,  # type: ignore[arg-type, return-value]
-    )

@@ -40,7 +40,7 @@ from redpass.analysis.caches.parts import (
 )
 from redpass.analysis.caches.sites import CacheSide, CacheSites, is_move
 from redpass.analysis.caches.two_halves import Lengths, two_halves
-from redpass.analysis.drafts import Draft
+from redpass.analysis.drafts import END, Draft
 from redpass.analysis.heads.axes import Unfit
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError
@@ -48,7 +48,6 @@ from redpass.plan import AddState, Edit, Ref, Replace, SetArgument
 from redpass.program import Program
 
 aten = torch.ops.aten
-END = 2**63 - 1
 
 
 @dataclass(frozen=True)
