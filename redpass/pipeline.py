@@ -205,13 +205,16 @@ class _Run:
     def _refuse(self, passes: Sequence[Pass]) -> None:
         """Raises when passes that were asked for by name find nothing they could work on."""
         skips = [s for s in self.engine.skips if s.pass_name in {pass_.name for pass_ in passes}]
-        for reason in (s for s in skips if s.target == "graph"):
-            raise PassError(reason.reason, place=reason.pass_name, hint=NOT_FOR_IT)
+        missing = [s for s in skips if s.target == "graph"]
+        if missing:
+            raise PassError(missing[0].reason, place=missing[0].pass_name, hint=NOT_FOR_IT)
         ladders = {pass_.name for pass_ in passes if getattr(pass_, "fits", False)}
-        for reason in (s for s in skips if s.pass_name in ladders):
-            rest = len([s for s in skips if s.pass_name in ladders]) - 1
-            found = f"{reason.target}: {reason.reason}" + f"; {rest} more places" * bool(rest)
-            raise PassError(f"no place can be cut: {found}", place=reason.pass_name, hint=SEE_SKIPS)
+        left = [s for s in skips if s.pass_name in ladders]
+        if left:
+            found = f"no place can be cut: {left[0].target}: {left[0].reason}"
+            if len(left) > 1:
+                found += f"; {len(left) - 1} more places"
+            raise PassError(found, place=left[0].pass_name, hint=SEE_SKIPS)
 
     def _record(self, verdict: Verdict, seconds: float) -> RunRecord:
         engine, origin = self.engine, self.original.origin
