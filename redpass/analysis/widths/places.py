@@ -51,11 +51,7 @@ def channel_places(program: Program, facts: Facts) -> ChannelPlaces:
         by_label[label], kinds[label] = width, kind
         why = width.obstacle or _why_not(program, found, width)
         if kind == "experts":
-            site = (
-                site_of(program, width, branch.after)
-                if (branch := _around(found, width))
-                else ALONE
-            )
+            site = _site(program, found, width)
             if isinstance(site, Site):
                 sites[label] = site
             else:
@@ -74,10 +70,20 @@ def channel_places(program: Program, facts: Facts) -> ChannelPlaces:
 def _kind(program: Program, found: Structure, width: Width) -> str:
     if _branches(found, width):
         return "feed-forward"
-    if all(stack_of(program.nodes[reader.node]) for reader in width.readers):
+    if _is_stack(program, width):
         return "experts"
     ranks = (program.weights[reader.weight].dim() for reader in width.readers)
     return "channels" if any(rank > 2 for rank in ranks) else "hidden"
+
+
+def _is_stack(program: Program, width: Width) -> bool:
+    """Whether the width is inside of experts that are stacked in one weight."""
+    return all(stack_of(program.nodes[reader.node]) for reader in width.readers)
+
+
+def _site(program: Program, found: Structure, width: Width) -> Site | str:
+    branch = _around(found, width)
+    return site_of(program, width, branch.after) if branch else ALONE
 
 
 def _around(found: Structure, width: Width) -> Branch | None:
@@ -114,5 +120,4 @@ def _unique(label: str, taken: Mapping[str, Width] | Sequence[str]) -> str:
 def _why_not(program: Program, found: Structure, width: Width) -> str:
     if program.is_fake:
         return "the weights carry no data"
-    is_stack = all(stack_of(program.nodes[reader.node]) for reader in width.readers)
-    return EXPERT if not is_stack and _around(found, width) else ""
+    return EXPERT if not _is_stack(program, width) and _around(found, width) else ""
