@@ -54,13 +54,13 @@ class Cuts:
         """Cuts each slice of a weight's first axis at places of its own."""
         if key in self._left:
             raise PassError("another action took slices that a cut is about", place=edit.weight)
-        parts = dict(enumerate(self.weights[edit.weight]))
-        for number, part in parts.items():
+        parts = []
+        for number, part in enumerate(self.weights[edit.weight]):
             alone = Cuts({"": part})
             kept, spread = (None if t is None else t[number] for t in (edit.kept, edit.spread))
             alone.do(Narrow("", key[1] - 1, edit.gone[number], kept, spread))
-            parts[number] = alone.weights[""]
-        self.weights[edit.weight] = torch.stack(list(parts.values()))
+            parts.append(alone.weights[""])
+        self.weights[edit.weight] = torch.stack(parts)
         self._turned.add(key)
         return (edit.weight,)
 

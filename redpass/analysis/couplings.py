@@ -148,8 +148,9 @@ class Couplings:
         """A group's channels stay or go together; a depthwise convolution has one each."""
         if groups == 1:
             fix(axes, "a group norm mixes its channels")
+            return
         whole = Dimension(groups)
-        for axis in axes if groups > 1 else ():
+        for axis in axes:
             unify(axis, (Segment(whole, length(axis) // groups),))
 
     def _bias(self, bias: Any, axis: Axis) -> None:

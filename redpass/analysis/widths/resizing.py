@@ -50,12 +50,10 @@ def _named(
     if ops.is_call(node, "split", "split_with_sizes") and isinstance(axes[0], list):
         return 1, _pieces(node, axes, sizes)
     if ops.is_call(node, *CONVOLUTIONS) and ops.argument(node, "groups") != 1:
-        left = length(axes[1], sizes) * int(ops.argument(node, "groups")) // length(axes[1], {})
+        left = _groups(node, "groups", axes[1], sizes)
         return GROUPS if len(node.args) > GROUPS else "groups", left
     if ops.is_call(node, "group_norm"):
-        return 1, length(axes[1], sizes) * int(ops.argument(node, "num_groups")) // length(
-            axes[1], {}
-        )
+        return 1, _groups(node, "num_groups", axes[1], sizes)
     if ops.is_call(node, "layer_norm", "rms_norm"):
         named: Any = node.args[1]
         return 1, _shape(named, axes[-len(named) :], sizes)
@@ -72,6 +70,11 @@ def are_pieces_alike(node: fx.Node, couplings: Couplings, dimension: Dimension) 
         for piece in pieces
     ]
     return all(form == forms[0] for form in forms)
+
+
+def _groups(node: fx.Node, name: str, axis: Axis, sizes: Mapping[Dimension, int]) -> int:
+    """How many groups are left when whole ones go."""
+    return int(ops.argument(node, name)) * length(axis, sizes) // length(axis, {})
 
 
 def _shape(old: Any, axes: list[Axis], sizes: Mapping[Dimension, int]) -> list[Any]:
