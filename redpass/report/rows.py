@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from redpass.errors import clean
@@ -120,14 +120,21 @@ def summary(record: RunRecord) -> str:
     for name in ("flops", "parameters"):
         text = figures.change(getattr(record.before, name), getattr(record.after, name))
         parts.append(f"{text} {'FLOPs' if name == 'flops' else name}")
-    # A ratio whose quartiles lie on both sides of 1 says nothing worth a headline.
-    fastest = [
-        item
-        for item in record.latency
-        if not item.failure and (item.spread[1] < 1 or item.spread[0] > 1)
-    ]
-    parts += [f"{1 / item.ratio:.2f}x as fast in {item.runner}" for item in fastest if item.ratio]
-    return ", ".join(parts) + "."
+    return ", ".join([*parts, *_speeds(record.latency)]) + "."
+
+
+def _speeds(latency: Iterable[LatencyRecord]) -> Iterator[str]:
+    """How many times as fast, one part a runner; sizes that no speed can be told of are left out.
+
+    A ratio whose quartiles lie on both sides of 1 says nothing worth a headline.
+    """
+    found: dict[str, list[float]] = {}
+    for item in latency:
+        if not item.failure and item.ratio and (item.spread[1] < 1 or item.spread[0] > 1):
+            found.setdefault(item.runner, []).append(1 / item.ratio)
+    for runner, times in found.items():
+        ends = dict.fromkeys(f"{time:.2f}" for time in (min(times), max(times)))
+        yield f"{' to '.join(ends)}x as fast in {runner}"
 
 
 def action_groups(record: RunRecord) -> list[Group]:

@@ -219,12 +219,15 @@ def _lines(found: list[tuple[str, str, str]], *, cut: bool) -> Table:
 
 
 def _lossy(record: RunRecord) -> list[RenderableType]:
-    """The approximate actions that were applied: they are what cost quality."""
+    """The approximate actions that were applied: what cost quality, and what repaired it."""
     parts: list[RenderableType] = []
+    lossy = {item.name for item in record.passes if item.exactness == "approximate"}
     for group in rows.action_groups(record):
-        if group.actions[0].loss is not None and group.outcome == "applied":
+        if group.pass_name in lossy and group.outcome == "applied":
+            is_repair = not group.actions[0].saving
             names = rows.shown((action.target for action in group.actions), 12)
-            parts.append(Text.assemble((f"{group.title}: ", "bold"), names))
+            said = clean(group.actions[0].why, 400) if is_repair else names
+            parts.append(Text.assemble((f"{group.title}: ", "bold"), said))
     return ["", *parts] if parts else []
 
 

@@ -59,6 +59,17 @@ def test_speed_within_noise_is_not_called_better() -> None:
     assert (row.name, row.tone) == ("Latency, eager", "plain")
 
 
+def test_the_headline_tells_each_runner_once() -> None:
+    found = [
+        LatencyRecord("eager", "batch 1", 10.0, 5.0, 0.5, (0.4, 0.6)),
+        LatencyRecord("eager", "batch 8", 10.0, 4.0, 0.4, (0.3, 0.5)),
+        LatencyRecord("eager", "batch 9", 10.0, 9.9, 0.99, (0.97, 1.02)),
+        LatencyRecord("onnxruntime", "batch 1", 10.0, 8.0, 0.8, (0.7, 0.9)),
+    ]
+    text = rows.summary(dataclasses.replace(sample(), latency=found))
+    assert text.endswith("2.00 to 2.50x as fast in eager, 1.25x as fast in onnxruntime.")
+
+
 def test_quality_is_reported_on_data_that_chose_nothing() -> None:
     (row,) = rows.quality(sample())
     assert row.note == "256 on reporting data"

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 from sample import DROPPED, hostile, sample
 
+from redpass.record import ActionRecord
 from redpass.report import terminal
 
 
@@ -26,6 +27,21 @@ def test_summary_tells_verdict_figures_and_what_went() -> None:
     text = drawn(terminal.run_summary(sample()))
     for part in ("budget met", "-16.9%", "0.9843 ± 0.0011", *DROPPED):
         assert part in text
+
+
+def test_what_a_repair_brought_stands_below_what_went() -> None:
+    why = "cosine 0.9701 without, 0.9843 with it on choosing data"
+    record = sample()
+    repaired = ActionRecord(
+        99, "refit_projections.ridge:stream", "refit_projections", "stream", "9 projections fitted "
+        "anew", "applied", why,
+    )  # fmt: skip
+    ran = replace(record.passes[-1], name="refit_projections", spec="refit_projections")
+    record = replace(record, actions=[*record.actions, repaired], passes=[*record.passes, ran])
+    lines = drawn(terminal.run_summary(record), 140).splitlines()
+    (line,) = (line for line in lines if "refit_projections.ridge" in line)
+    assert why in line
+    assert "drop_noops" not in lines[-1]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
