@@ -54,6 +54,11 @@ def replay(
         from redpass import export, recipe
 
         wanted = _recipe(plan)
+        if data is None and recipe.needs_data(wanted):
+            hint = "give --data FILE and the row options of the run; its report names the file"
+            raise DataError(
+                "weights of this plan are computed from data", place="--data", hint=hint
+            )
         sources.prepare(run)
         program = sources.load(
             model, source, data=data, tokenizer=rows.tokenizer, listener=listener
