@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from redpass.analysis.flops import node_flops
 from redpass.analysis.records import Branch, StatePair
 from redpass.analysis.structure import structure
 from redpass.program import Program, Shape
-from redpass.verify.sizes import parse_size, symbol
+from redpass.verify.sizes import parse_size
 
 if TYPE_CHECKING:
     from redpass.facts import Facts
@@ -174,12 +175,11 @@ def is_trained(name: str, tensor: Tensor) -> bool:
 def _state_bytes(program: Program, state: Iterable[StatePair]) -> tuple[int, int]:
     """Bytes of state of one sequence: (for one more cached position, not growing)."""
     growing = fixed = 0
-    far = dict.fromkeys(program.signature.dims, FAR)
     for name, output in state:
         port = program.signature.input(name)
         after = program.signature.output(output)
         element = torch.empty((), dtype=port.dtype).element_size()
-        before, then = (_sizes_at(port.shape, far), _sizes_at(after.shape, far))
+        before, then = _far(port.shape), _far(after.shape)
         kept = [size for size in port.shape if isinstance(size, int)]
         if before != then:
             growing += math.prod(kept) * element
@@ -189,7 +189,12 @@ def _state_bytes(program: Program, state: Iterable[StatePair]) -> tuple[int, int
     return growing, fixed
 
 
-def _sizes_at(shape: Shape, sizes: Mapping[str, int]) -> list[Any]:
+def _far(shape: Shape) -> list[Any]:
     """Sizes where all dimensions are long, so that those with a bound have reached it."""
-    known = {symbol(name): size for name, size in sizes.items()}
-    return [parse_size(size).subs(known) if isinstance(size, str) else size for size in shape]
+    return [_far_size(size) if isinstance(size, str) else size for size in shape]
+
+
+@lru_cache(maxsize=4096)
+def _far_size(text: str) -> Any:
+    size = parse_size(text)
+    return size.subs(dict.fromkeys(size.free_symbols, FAR))
