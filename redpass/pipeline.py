@@ -164,12 +164,13 @@ class _Run:
 
     def _originals(self, split: str, most: int | None = None) -> Originals:
         """What the original says about a split, or its first `most` batches; computed once."""
-        key = (split, most)
-        if key not in self._known:
+        known = self._known
+        if (split, None) not in known:
             part: Batches = getattr(self.data, split)
-            part = part[:most] if most else part
-            self._known[key] = Originals(self.original, part, journal=self.journal)
-        return self._known[key]
+            known[split, None] = Originals(self.original, part, journal=self.journal)
+        if most is not None and (split, most) not in known:
+            known[split, most] = known[split, None].first(most)
+        return known[split, most]
 
     def _run(self, passes: Sequence[Pass]) -> None:
         """Runs one exact pass to its fixpoint, or searches over approximate ones together."""

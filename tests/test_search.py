@@ -43,6 +43,21 @@ def test_candidates_of_several_passes_are_one_pool(residual, residual_data):
     assert replay(residual, result.record.recipe).text == result.program.text
 
 
+def test_no_program_is_measured_twice_where_the_first_batches_are_all(
+    residual, residual_data, monkeypatch
+):
+    seen, real = [], quality.evaluate_all
+
+    def watched(metrics, program, original, batches, **more):
+        seen.append((program, batches))
+        return real(metrics, program, original, batches, **more)
+
+    monkeypatch.setattr(quality, "evaluate_all", watched)
+    assert applied(redpass.optimize(residual, "drop_branches", budget=LOOSE, data=residual_data))
+    pairs = [(id(program), id(batches)) for program, batches in seen]
+    assert len(set(pairs)) == len(pairs)
+
+
 def test_branches_that_went_with_their_layer_are_told(residual, residual_data):
     result = redpass.optimize(
         residual, "drop_layers", budget="relative_error<=0.1", data=residual_data

@@ -188,7 +188,8 @@ class Search:
             hopeless = worst_case(first, self.budget, -HOPELESS)
             if hopeless:
                 return "refused", f"on the first batches: {hopeless}"
-            quality = self.judge.measure(candidate.program)
+            is_all = self.judge.few is self.judge.originals
+            quality = first if is_all else self.judge.measure(candidate.program)
         except RedpassError as error:
             return "rolled back", str(error)
         miss = worst_case(quality, self.budget, CONFIDENCE)

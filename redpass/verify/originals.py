@@ -69,7 +69,6 @@ class Originals:
         self.journal = journal or Journal(None)
         self.port = quality_port(program, port).name
         self.quicker: Callable[[int], Tensor] | None = None
-        self.bytes = 0
         self._outputs: dict[int, Tensor] = {}
         self._kept: dict[Any, Any] = {}
 
@@ -83,8 +82,26 @@ class Originals:
             value = run_port(self.program, self.batches[number], self.port)
         if self.bytes + value.nbytes <= self.limit:
             self._outputs[number] = value
-            self.bytes += value.nbytes
         return value
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes of outputs are kept."""
+        return sum(value.nbytes for value in self._outputs.values())
+
+    def first(self, count: int) -> Originals:
+        """Returns the same for the first `count` batches alone; their outputs are kept once."""
+        if count >= len(self.batches):
+            return self
+        few = Originals(
+            self.program,
+            self.batches[:count],
+            port=self.port,
+            limit=self.limit,
+            journal=self.journal,
+        )
+        few._outputs = self._outputs
+        return few
 
     def keep(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Returns what `compute` gave at the first call with `key`."""

@@ -494,3 +494,17 @@ def test_an_overflowing_perplexity_is_infinite(data: Batches) -> None:
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sharp = traced(module, example, dict.fromkeys(example, ("batch", "seq")))
     assert evaluate(METRICS["perplexity"], sharp, sharp, data).value == math.inf
+
+
+def test_the_first_batches_alone_share_what_was_computed(
+    language: Program, data: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = Counting(language, monkeypatch)
+    originals = Originals(language, data)
+    few = originals.first(2)
+    found = [few.output(number) for number in (0, 1)]
+    assert [originals.output(number) is value for number, value in enumerate(found)] == [True, True]
+    originals.output(2)
+    assert count.runs == 3
+    assert len(few.batches) == 2
+    assert originals.first(3) is originals
