@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from redpass.analysis.observers import STRETCH, CrossGram, Observer
 from redpass.analysis.tokens import Tokens
+from redpass.checks import memory
 from redpass.data import Batch, Batches
 from redpass.errors import DataError, UsageError
 from redpass.program import Program, interpret
@@ -127,6 +128,12 @@ def footprint(program: Program, observers: Iterable[Observer]) -> int:
     """Returns how many bytes the sums of these observers take, without running anything."""
     tokens = Tokens(program)
     return sum(8 * math.prod(_shape(o, tokens)) for o in dict.fromkeys(observers))
+
+
+def room() -> int:
+    """Returns bytes that the sums of one run may take: a quarter of what is free, 4 GiB at most."""
+    there = memory.free()
+    return LIMIT if there is None else min(LIMIT, there // 4)
 
 
 def portions(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from redpass.analysis.statistics import LIMIT
+from redpass.analysis.statistics import LIMIT, room
 from redpass.analysis.tokens import Tokens
 from redpass.analysis.widths.experts import Site
 from redpass.analysis.widths.narrowing import Reader, Width
@@ -114,8 +114,9 @@ def expert_views(
         DataError: values that are NaN or infinite.
     """
     group: list[tuple[str, Width, Site]] = []
+    most = room()
     for place in places:
-        if group and sum(_footprint(program, width) for _, width, _ in (*group, place)) > LIMIT:
+        if group and sum(_footprint(program, width) for _, width, _ in (*group, place)) > most:
             yield from _views(program, group, data)
             group = []
         group.append(place)

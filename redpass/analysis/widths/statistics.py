@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redpass.analysis.observers import CrossGram, Observer, Spread
 from redpass.analysis.ridge import is_held_back
-from redpass.analysis.statistics import LIMIT, Statistics, collect, footprint
+from redpass.analysis.statistics import LIMIT, Statistics, collect, footprint, room
 from redpass.analysis.structure import Structure
 from redpass.analysis.tokens import Tokens
 from redpass.analysis.widths.narrowing import Reader, Width
@@ -121,12 +121,12 @@ def _observers(width: Width, totals: Mapping[str, str]) -> Iterator[Observer]:
 def _groups(
     program: Program, places: Sequence[tuple[str, Width]], totals: Mapping[str, str]
 ) -> Iterator[list[tuple[str, Width]]]:
-    """As many places at once as half of the memory for sums holds (there are two sets)."""
+    """As many places at once as there is room for."""
     group: list[tuple[str, Width]] = []
-    size = 0
+    size, most = 0, room()
     for label, width in places:
         own = 2 * footprint(program, _observers(width, totals))
-        if group and size + own > LIMIT:
+        if group and size + own > most:
             yield group
             group, size = [], 0
         group.append((label, width))
