@@ -109,7 +109,7 @@ class Engine:
         """Runs an exact pass once. Returns whether the program changed."""
         started = time.perf_counter()
         plan = self.plan(pass_)
-        todo = self._permitted(pass_, plan.actions)
+        todo = self.permitted(pass_, plan.actions)
         before = len(self.program.graph.nodes)
         kept, check = self._apply_checked(pass_, todo)
         if not kept and not todo and self._seen(pass_):
@@ -158,7 +158,8 @@ class Engine:
         verdict = compare(before, after, self.inputs, exactness=exactness, references=references)
         return Check(verdict.state, verdict.reason)
 
-    def _permitted(self, pass_: Pass, actions: Sequence[Action]) -> list[Action]:
+    def permitted(self, pass_: Pass, actions: Sequence[Action]) -> list[Action]:
+        """Returns the actions that neither `REDPASS_SKIP` nor `REDPASS_LIMIT` leaves out."""
         limit, kept = self.settings.limit, list[Action]()
         for action in actions:
             if {action.key, pass_.name} & set(self.settings.skip):

@@ -34,10 +34,11 @@ def repair(
     """
     started, nodes = time.perf_counter(), len(engine.program.graph.nodes)
     plan = engine.plan(pass_)
+    todo = engine.permitted(pass_, plan.actions)
     kept, why = False, "nothing was planned"
-    if plan.actions:
+    if todo:
         before = measure(budget, engine.program, choosing, "choosing")
-        program, check = engine.trial(pass_, plan.actions)
+        program, check = engine.trial(pass_, todo)
         kept, why = check.passed, check.reason
         if kept and _loses_goal(budget, start, engine.program, program):
             kept, why = False, "with what it costs the cost goal is not reached any more"
@@ -47,14 +48,14 @@ def repair(
             except RedpassError as error:
                 kept, why = False, str(error)
         if kept:
-            engine.adopt(program, [pass_], plan.actions, Check("checked", why))
-            engine.recipe.append((format_pass(pass_), [action.key for action in plan.actions]))
-    for action in plan.actions:
+            engine.adopt(program, [pass_], todo, Check("checked", why))
+            engine.recipe.append((format_pass(pass_), [action.key for action in todo]))
+    for action in todo:
         engine.applied += kept
         engine.note(pass_, action, "applied" if kept else "refused", why)
     engine.note_skips(pass_, plan)
-    check = Check("checked" if plan.actions else "nothing to do", why)
-    count = len(plan.actions) if kept else 0
+    check = Check("checked" if todo else "nothing to do", why)
+    count = len(todo) if kept else 0
     engine.note_pass(pass_, count, len(plan.skips), check, nodes, started)
     return kept
 
