@@ -14,6 +14,7 @@ from pathlib import Path
 import redpass
 from redpass import config
 from redpass.budget.accounting import cost_record, usual_sizes
+from redpass.budget.forms import Holds
 from redpass.budget.preflight import chosen_passes, grouped, preflight
 from redpass.budget.repair import is_repair, repair
 from redpass.budget.search import Search
@@ -22,7 +23,7 @@ from redpass.budget.verdict import Verdict, check_possible, guilty, judge
 from redpass.config import Settings
 from redpass.data import Batches, Splits
 from redpass.engine import Engine
-from redpass.errors import BudgetError, PassError
+from redpass.errors import BudgetError, ExportError, PassError
 from redpass.facts import Facts
 from redpass.journal import Journal, kept_until_done
 from redpass.passes.spec import format_passes
@@ -38,6 +39,7 @@ from redpass.summary import (
     machine,
     matrices,
     measured_redundancy,
+    numbered,
     work_key,
 )
 from redpass.verify.originals import Originals
@@ -49,6 +51,8 @@ FEW = 8
 """How many batches tell hopeless candidates of an approximate pass from the others."""
 
 NOT_FOR_IT = "leave the pass out of --passes; `redpass inspect` shows the structure that was found"
+
+WRITABLE = "a folder holds drop_layers and prune_channels(together=True); or leave out --format hf"
 
 SEE_SKIPS = "other options may find some; `redpass inspect` shows the structure that was found"
 
@@ -77,6 +81,7 @@ def optimize(
     search: str = "greedy",
     only_faster: bool = False,
     reduce: str | Sequence[Pass] | None = None,
+    holds: Holds | None = None,
 ) -> Result:
     """Optimises a program.
 
@@ -97,22 +102,25 @@ def optimize(
             None: `"drop_branches,prune_channels"`.
         only_faster: cuts of width stay only where the whole model is measured faster with them, or
             a cache smaller.
+        holds: says why a form that has to be written cannot hold a program, or ""; then what it
+            cannot hold is not tried, and default reductions leave all layers alike.
 
     Raises:
         UsageError: an unknown pass, option, metric, or a budget that makes no sense.
         DataError: an approximate pass without data, or data that cannot be used.
+        ExportError: a form that has to be written can hold nothing that the passes named do.
         BudgetError: the budget does not hold on the reporting data; names the guilty action and
             carries the record as `.record`.
         PassError: a pass failed inside; names the reproducer.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     check_method(search)
-    chosen = chosen_passes(passes, reduce, budget)
+    chosen = chosen_passes(passes, reduce, budget, alike=holds is not None)
     preflight(chosen, budget, data)
     run = _Run(program, budget, data, settings or config.from_environment(), listener or Silent())
     run.sizes = sizes or usual_sizes(program)
     run.seed, run.command, run.is_named = seed, command, passes is not None or reduce is not None
-    run.method, run.only_faster = search, only_faster
+    run.method, run.only_faster, run.holds = search, only_faster, holds
     work = work_key(program, chosen, budget, data, run.settings, run.sizes, seed)
     run.journal = Journal.open(journal, f"{search} {only_faster} {work}", fresh=not resume)
     with kept_until_done(run.journal, run.listener):
@@ -132,6 +140,7 @@ class _Run:
     method: str = "greedy"
     is_named: bool = False
     only_faster: bool = False
+    holds: Holds | None = None
     journal: Journal = field(default_factory=Journal)
     _known: dict[tuple[str, int | None], Originals] = field(default_factory=dict)
 
@@ -195,11 +204,15 @@ class _Run:
             self._originals("choosing"),
             self.method,
             self.only_faster,
+            self.holds,
         )
         search.run(passes, only)
         self.searches.append(search)
         if self.is_named and not search.pool and not only:
             self._refuse(passes)
+        if self.is_named and search.unwritable and len(search.unwritable) == len(search.pool):
+            first = next(iter(search.unwritable.values()))
+            raise ExportError(f"a form asked for can hold none of it: {first}", hint=WRITABLE)
         if search.held and search.accepted:
             self._search(passes, search.held)
 
@@ -238,7 +251,7 @@ class _Run:
             after=cost_record(engine.program, self.sizes),
             dims={k: dimension_range(*span) for k, span in self.original.signature.dims.items()},
             passes=engine.passes,
-            actions=engine.actions,
+            actions=numbered(engine.actions),
             skips=engine.skips,
             quality=list(verdict.quality),
             branches=branches,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -35,7 +36,7 @@ from redpass.facts import Analysis, Facts
 from redpass.passes.spec import format_pass
 from redpass.plan import Pass
 from redpass.program import Program
-from redpass.record import BranchRecord, LayerRecord, Matrix
+from redpass.record import ActionRecord, BranchRecord, LayerRecord, Matrix
 
 T = TypeVar("T")
 
@@ -49,6 +50,12 @@ class Redundancy:
     distance: AngularDistance
     cka: Cka
     entropy: BranchEntropy
+
+
+def numbered(actions: Sequence[ActionRecord]) -> list[ActionRecord]:
+    """Returns the actions with those that were applied numbered in order: some gave way again."""
+    counter = itertools.count(1)
+    return [replace(a, number=next(counter)) if a.outcome == "applied" else a for a in actions]
 
 
 def measured_redundancy(facts: Facts) -> Redundancy | None:

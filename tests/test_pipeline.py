@@ -48,7 +48,9 @@ def outcomes(record: RunRecord) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def dropped(residual, residual_data):
-    return redpass.optimize(residual, budget="relative_error<=0.1", data=residual_data)
+    return redpass.optimize(
+        residual, budget="relative_error<=0.1", data=residual_data, reduce="drop_branches"
+    )
 
 
 def test_branches_that_do_little_are_dropped_and_the_others_refused(dropped):
@@ -118,7 +120,9 @@ def test_a_miss_on_the_reporting_data_names_the_guilty_action(residual, residual
     shifted = tuple({"x": batch["x"] * 0.1} for batch in residual_data.reporting)
     data = dataclasses.replace(residual_data, reporting=redpass.Batches(shifted))
     with pytest.raises(BudgetError) as caught:
-        redpass.optimize(residual, budget="relative_error<=0.004", data=data)
+        redpass.optimize(
+            residual, budget="relative_error<=0.004", data=data, reduce="drop_branches"
+        )
     assert caught.value.place == "drop_branches.similar:layers.2.feed-forward"
     assert caught.value.record.verdict == "missed"
 

@@ -8,18 +8,23 @@ from redpass.budget.repair import is_repair
 from redpass.budget.spec import Budget
 from redpass.data import Splits
 from redpass.errors import BudgetError, DataError, UsageError
-from redpass.passes import default_pipeline
+from redpass.passes import REDUCE_ALIKE, default_pipeline
 from redpass.passes.spec import as_passes
 from redpass.plan import Exactness, Pass
 
 
 def chosen_passes(
-    passes: str | Sequence[Pass] | None, reduce: str | Sequence[Pass] | None, budget: Budget
+    passes: str | Sequence[Pass] | None,
+    reduce: str | Sequence[Pass] | None,
+    budget: Budget,
+    *,
+    alike: bool = False,
 ) -> tuple[Pass, ...]:
     """Returns the passes a run was asked for, parsed; the default pipeline for None.
 
     Args:
         reduce: approximate passes that take the place of the default pipeline's.
+        alike: the default ones are those that leave all layers alike.
 
     Raises:
         UsageError: both are given, an exact pass in `reduce`, or what is no pass or option.
@@ -34,7 +39,8 @@ def chosen_passes(
         if pass_.exactness is not Exactness.APPROXIMATE:
             hint = "the exact passes of the default pipeline run anyway"
             raise UsageError(f"'{pass_.name}' is exact", place="--reduce", hint=hint)
-    return default_pipeline(approximate=bool(budget.limits or wanted), reduce=wanted)
+    usual = REDUCE_ALIKE if alike else ()
+    return default_pipeline(approximate=bool(budget.limits or wanted), reduce=wanted or usual)
 
 
 def preflight(passes: Sequence[Pass], budget: Budget, data: Splits | None) -> None:

@@ -19,6 +19,7 @@ from redpass.budget.allocation import allocate
 from redpass.budget.at_once import RIVAL, take_at_once
 from redpass.budget.candidates import MOST, Candidate, Greedy, best_guesses
 from redpass.budget.curves import Path
+from redpass.budget.forms import Holds, unwritable
 from redpass.budget.quality import Judge, Quality, figures
 from redpass.budget.spec import CONFIDENCE, Budget, worst_case
 from redpass.budget.speed import give_back
@@ -35,6 +36,8 @@ HOPELESS = 3.0
 """A candidate that misses a limit by this many standard errors on a few batches is not measured
 on the rest."""
 
+IDLE = "nothing of it is left: what was taken later removed the place"
+
 
 @dataclass
 class Search:
@@ -47,6 +50,7 @@ class Search:
         choosing: its outputs on all the data that decide.
         method: one of `spec.METHODS`.
         only_faster: whether cuts of width that make the model no faster are given back.
+        holds: says why a form that has to be written cannot hold a program, or "".
     """
 
     engine: Engine
@@ -57,6 +61,7 @@ class Search:
     choosing: Originals
     method: str = "greedy"
     only_faster: bool = False
+    holds: Holds | None = None
 
     def run(self, passes: Sequence[Pass], only: frozenset[str] = frozenset()) -> list[Action]:
         """Plans, tries the candidates, adopts what was accepted and returns it.
@@ -73,13 +78,15 @@ class Search:
         plans = [(pass_, self.engine.plan(pass_)) for pass_ in passes]
         self.facts, nodes = self.engine.facts, len(self.base.graph.nodes)
         self._prepare(plans, only)
-        pool = [c for c in self.pool if self._is_permitted(c)]
+        pool = self._writable([c for c in self.pool if self._is_permitted(c)])
         if self.method == "greedy":
             self._greedy(pool)
         elif self.method == "allocated":
             self._allocate(pool)
         else:
             self._at_once(best_guesses(pool))
+        for candidate in self.trials.drop_idle():
+            self.engine.withdraw(candidate.pass_, candidate.action, IDLE)
         if self.only_faster:
             self._give_back()
         self._adopt()
@@ -121,6 +128,13 @@ class Search:
         if named:
             self._note(candidate, "skipped by user", "named in REDPASS_SKIP")
         return not named
+
+    def _writable(self, pool: list[Candidate]) -> list[Candidate]:
+        """The candidates that every form asked for can hold; the others get their reason."""
+        self.unwritable = unwritable(self.engine, pool, self.holds) if self.holds else {}
+        for candidate, why in self.unwritable.items():
+            self._note(candidate, "refused", f"a form asked for cannot hold it: {why}")
+        return [candidate for candidate in pool if candidate not in self.unwritable]
 
     def _note(self, candidate: Candidate, outcome: str, why: str) -> None:
         if outcome == "applied":

@@ -9,6 +9,8 @@ from redpass.budget.candidates import Candidate, relative_saving
 from redpass.budget.quality import Judge, worse_by
 from redpass.engine import Engine
 from redpass.errors import RedpassError
+from redpass.fingerprint import fingerprint
+from redpass.plan import Narrow
 from redpass.program import Program
 from redpass.record import CostRecord
 
@@ -124,6 +126,20 @@ class Trials:
         self.take([*self._beside(candidate), candidate], candidate.program)
         self.judge.move(self.current)
         return rivals
+
+    def drop_idle(self) -> list[Candidate]:
+        """Takes out what later ones made idle, as the cut of a branch that is gone; returns it."""
+        idle = []
+        for candidate in list(self.accepted):
+            cut = {edit.weight for edit in candidate.action.edits if isinstance(edit, Narrow)}
+            if not candidate.action.place or cut & self.current.weights.keys():
+                continue
+            rest = [other for other in self.accepted if other is not candidate]
+            program, _ = self.together(rest)
+            if program is not None and fingerprint(program) == fingerprint(self.current):
+                self.take(rest, program)
+                idle.append(candidate)
+        return idle
 
     def take(self, candidates: Sequence[Candidate], program: Program) -> None:
         """Makes `candidates`, and the program with them, what was accepted."""

@@ -9,8 +9,18 @@ from typing import Annotated
 from typer import Argument
 
 from redpass.cli import sources
-from redpass.cli.optimize import Job, Kernels, Passes
-from redpass.cli.options import Budget, DataFile, DataOptions, Model, ModelOptions, RunOptions
+from redpass.cli.optimize import Job
+from redpass.cli.options import (
+    Budget,
+    DataFile,
+    DataOptions,
+    Kernels,
+    Model,
+    ModelOptions,
+    Passes,
+    Reduce,
+    RunOptions,
+)
 from redpass.cli.screen import Screen
 from redpass.errors import UsageError, nearest
 from redpass.record import RunRecord
@@ -31,6 +41,7 @@ def explain(
     budget: Budget = "",
     passes: Passes = None,
     kernels: Kernels = None,
+    reduce: Reduce = None,
 ) -> None:
     """Tell why each place was or was not rewritten.
 
@@ -44,7 +55,7 @@ def explain(
     else:
         sources.check_model(model, source)
         job = Job(model, source, rows, run, data, budget, passes)
-        job.kernels = kernels
+        job.kernels, job.reduce = kernels, reduce
         record = job.plan(screen)
     _check_known(record, place)
     screen.emit(_chosen(record, place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,8 +21,11 @@ from redpass.cli.options import (
     Budget,
     DataFile,
     DataOptions,
+    Kernels,
     Model,
     ModelOptions,
+    Passes,
+    Reduce,
     ResultOptions,
     RunOptions,
 )
@@ -35,32 +38,8 @@ from redpass.progress import Listener
 if TYPE_CHECKING:
     from redpass.config import Settings
     from redpass.pipeline import Result
+    from redpass.program import Program
     from redpass.record import LatencyRecord, RunRecord
-
-Passes = Annotated[
-    str | None,
-    Option(
-        metavar="NAMES",
-        help="Passes in order, e.g. 'drop_noops,drop_branches(min_similarity=0.9)'. Default: the "
-        "exact ones, and with a --budget the approximate ones too.",
-    ),
-]
-Reduce = Annotated[
-    str | None,
-    Option(
-        metavar="PASSES",
-        help="Approximate passes in place of the default ones; the exact passes run around them.",
-    ),
-]
-
-Kernels = Annotated[
-    str | None,
-    Option(
-        metavar="NAME",
-        help="What is said about kernels: auto (where measured to win on this GPU), triton (all "
-        "places that a kernel takes) or reference (none).",
-    ),
-]
 
 
 def optimize(
@@ -97,7 +76,7 @@ def optimize(
         sources.check_data(data)
     job = Job(model, source, rows, run, data, budget, passes)
     job.search, job.kernels, job.bench = search, kernels, bench
-    job.reduce = reduce
+    job.reduce, job.formats = reduce, () if result.format is None else formats
     screen = Screen(run)
     if dry:
         _finish(screen, job.plan(screen), [])
@@ -139,6 +118,7 @@ class Job:
         self.search, self.bench = "greedy", False
         self.reduce: str | None = None
         self.kernels: str | None = None
+        self.formats: tuple[str, ...] = ()
 
     def run_pipeline(self, listener: Listener, limit: int | None = None) -> Result:
         """Loads the model and the data, and optimises.
@@ -178,8 +158,17 @@ class Job:
             search=self.search,
             only_faster=self.bench,
             reduce=self.reduce,
+            holds=self._holds(),
         )
         return replace(found, record=with_kernels(found.record, found.program, self.kernels))
+
+    def _holds(self) -> Callable[[Program], str] | None:
+        """What says that a form which was asked for cannot hold a program; None when all can."""
+        if "hf" not in self.formats:
+            return None
+        from redpass.export.huggingface import holder
+
+        return holder(self.program)
 
     def _checked_words(self) -> Parsed:
         """Returns the budget. Raises `UsageError` for any word that is not known."""

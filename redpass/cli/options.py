@@ -43,6 +43,31 @@ Budget = Annotated[
 ]
 
 
+Passes = Annotated[
+    str | None,
+    Option(
+        metavar="NAMES",
+        help="Passes in order, e.g. 'drop_noops,drop_branches(min_similarity=0.9)'. Default: the "
+        "exact ones, and with a --budget the approximate ones too.",
+    ),
+]
+Reduce = Annotated[
+    str | None,
+    Option(
+        metavar="PASSES",
+        help="Approximate passes in place of the default ones; the exact passes run around them.",
+    ),
+]
+Kernels = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="What is said about kernels: auto (where measured to win on this GPU), triton (all "
+        "places that a kernel takes) or reference (none).",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """How to read a model file that does not say everything itself."""

@@ -60,6 +60,27 @@ def to_huggingface(program: Program, path: str | Path) -> Report:
         return _written(program, source, module, other, values, path)
 
 
+def holder(program: Program) -> Callable[[Program], str]:
+    """Returns what says why no folder can hold a program made from `program`, or "".
+
+    Nothing is written. What it lets pass is still compared when it is written.
+
+    Raises:
+        ExportError: the source is no Hugging Face folder.
+    """
+    module = huggingface.open_folder(_check_source(program)).module
+
+    def why(found: Program) -> str:
+        try:
+            left = _left(found)
+            _layout(module, left, _values(module, left), by_heads=True)
+        except ExportError as error:
+            return f"{error.place}: {error.found}" if error.place else error.found
+        return ""
+
+    return why
+
+
 def _written(
     program: Program,
     source: Path,

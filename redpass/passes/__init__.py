@@ -51,8 +51,16 @@ CLEANUP: tuple[type[Pass], ...] = (
 )
 """Exact, and keeps the structure readable: first and last."""
 
-REDUCE: tuple[type[Pass], ...] = (DropBranches,)
-"""Approximate: each runs only under a budget, or when asked for by name."""
+REDUCE: tuple[type[Pass], ...] = (DropBranches, PruneChannels, RefitProjections)
+"""Approximate: they run under a budget, or when asked for by name."""
+
+REDUCE_ALIKE: tuple[Pass, ...] = (
+    DropLayers(),
+    PruneChannels(kinds=("feed-forward", "experts"), together=True),
+    RefitProjections(),
+)
+"""In place of those, where the configuration of a library has to say the result: whole layers go,
+and widths are cut alike in all layers."""
 
 ON_REQUEST: tuple[type[Pass], ...] = (
     DropLayers,
@@ -62,14 +70,12 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FactorLinears,
     ShrinkHeads,
     MapStream,
-    PruneChannels,
     ClusterHeads,
     PruneHeads,
     MergeKeyValueHeads,
     CacheLatents,
     DropKeyChannels,
     SliceStream,
-    RefitProjections,
 )
 """Approximate: they run when asked for by name."""
 

@@ -90,8 +90,10 @@ def test_optimize_then_every_command_on_the_result(
     (got,) = session.run(None, {session.get_inputs()[0].name: rows})
     want = torch.export.load(model).module()(torch.from_numpy(rows)).detach().numpy()
     assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
-    assert "drop_branches.similar" in run("explain", out).out
-    again = run("replay", out, model, "--out", tmp_path / "again")
+    told = run("explain", out).out
+    assert "drop_branches.similar" in told
+    assert "prune_channels.refit" in told
+    again = run("replay", out, model, "--data", data, "--out", tmp_path / "again")
     assert again.code == 0, again.err
     benched = run("bench", model, out, "--runners", "eager", "--rounds", "3", "--json")
     assert benched.code == 0, benched.err

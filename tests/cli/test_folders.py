@@ -22,6 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config).eval()
     for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros would all be one weight
+            torch.nn.init.normal_(parameter, std=1e-2)
         if ".1." in name and ("o_proj" in name or "output.dense" in name or "fc2" in name):
             torch.nn.init.normal_(parameter, std=1e-4)
     place = tmp_path_factory.mktemp("vit")
@@ -79,3 +81,19 @@ def test_export_writes_a_folder_and_refuses_where_there_is_none(
     assert again.code == 9
     assert "came from a pt2, not from a Hugging Face folder" in again.err
     assert not (tmp_path / "two").exists()
+
+
+def test_a_folder_that_is_asked_for_can_hold_what_is_done_by_default(
+    run: Run, folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    words = ("optimize", folder, "--data", rows, "--batch-size", 4, "--no-bench")
+    loose = (*words, "--budget", "relative_error<=0.3", "--out")
+    done = run(*loose, tmp_path / "out", "--format", "hf")
+    assert done.code == 0, done.err
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "hf")
+    assert (config.num_hidden_layers, config.intermediate_size) < (3, 48)
+    done = run(*loose, tmp_path / "none", "--format", "hf", "--reduce", "prune_channels")
+    assert done.code == 9
+    assert "mlp.fc1.bias: has 2 different shapes in 3 layers" in done.err
+    assert "drop_layers and prune_channels(together=True)" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
