@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redpass.errors import ExportError
-from redpass.export.narrower import Build, Config, Shapes, narrower
+from redpass.export.narrower import Build, Config, Shapes, narrower, try_built
 
 LAYER_WORDS = ("layer", "block", "type", "pattern", "index")
 """Words in the names of lists that have one entry for each layer, or hold numbers of layers."""
@@ -132,7 +132,7 @@ def _shortened(config: Config, group: list[ModuleList], build: Build) -> Config:
     """Returns `config` with the lists of `group` as short as they are to be."""
     wanted = {item.prefix: len(item.kept) for item in group}
     for candidate in _candidates(config, group[0].count, group[0].kept):
-        found = _built(candidate, build)
+        found = try_built(candidate, build)
         if found is not None and all(
             _length(found, prefix) == length for prefix, length in wanted.items()
         ):
@@ -148,13 +148,6 @@ def _length(shapes: Shapes, prefix: str) -> int:
     rests = (name.removeprefix(f"{prefix}.") for name in shapes if name.startswith(f"{prefix}."))
     numbers = {rest.partition(".")[0] for rest in rests}
     return len({number for number in numbers if number.isdigit()})
-
-
-def _built(config: Config, build: Build) -> Shapes | None:
-    try:
-        return build(config)
-    except Exception:  # a library refuses a configuration that makes no sense in its own way
-        return None
 
 
 def _candidates(config: Config, count: int, kept: tuple[int, ...]) -> Iterator[Config]:
@@ -224,7 +217,7 @@ def _without_parts(config: Config, wanted: Shapes, parts: frozenset[str], build:
         mine = {name: shape for name, shape in wanted.items() if _layer_of(name) == prefix}
         for skip in SKIPS:
             entry = {**layers.get(number, {}), "skip": list(skip)}
-            found = _built({**config, "per_layer_config": {**layers, number: entry}}, build)
+            found = try_built({**config, "per_layer_config": {**layers, number: entry}}, build)
             if found and {n: s for n, s in found.items() if _layer_of(n) == prefix} == mine:
                 layers[number] = entry
                 break

@@ -41,7 +41,7 @@ def narrower(config: Config, wanted: Shapes, build: Build, *, by_heads: bool = T
     found = build(config)
     while off := _off(found, wanted):
         for candidate in _candidates(config, found, wanted, off, by_heads):
-            now = _built(candidate, build)
+            now = try_built(candidate, build)
             if now is not None and _off(now, wanted) < off and now.keys() == found.keys():
                 config, found = candidate, now
                 break
@@ -59,7 +59,8 @@ def _off(found: Shapes, wanted: Shapes) -> Off:
     )
 
 
-def _built(config: Config, build: Build) -> Shapes | None:
+def try_built(config: Config, build: Build) -> Shapes | None:
+    """Returns the shapes that a configuration gives, or None where the library refuses it."""
     try:
         return build(config)
     except Exception:  # a library refuses a configuration that makes no sense in its own way
