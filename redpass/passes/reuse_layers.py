@@ -7,14 +7,15 @@ x2 = x1 + linear(x1, w1)   ->   x2 = x1 + linear(x1, w0)      w1 turned the stre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
 from redpass.analysis.blocks import blocks
 from redpass.analysis.swaps import Swap, pairs, swaps
 from redpass.facts import Facts
-from redpass.passes.depth import NO_LAYERS, NO_STREAM, borrow_weights, saving_of_weights
-from redpass.passes.share_layers import named_pairs
+from redpass.passes.depth import borrow_weights, saving_of_weights
+from redpass.passes.share_layers import plan_pairs
 from redpass.plan import Action, Exactness, Plan, Skip
 from redpass.program import Program
 
@@ -46,13 +47,8 @@ class ReuseLayers:
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans one action a pair, the least effect first."""
-        if not facts.get(structure).branches:
-            return Plan(skips=(Skip(RULE, "graph", NO_STREAM),))
-        if not facts.get(blocks):
-            return Plan(skips=(Skip(RULE, "graph", NO_LAYERS),))
-        wanted = named_pairs(self.only, facts, self.name)
-        plan = Plan.of(self._judge(program, key, swap) for key, swap in wanted.items())
-        return Plan(tuple(sorted(plan.actions, key=lambda a: a.loss or 0.0)), plan.skips)
+        judge = partial(self._judge, program)
+        return plan_pairs(self.name, self.only, facts, RULE, judge)
 
     def _judge(self, program: Program, key: str, swap: Swap) -> Action | Skip:
         if swap.twin.fault:

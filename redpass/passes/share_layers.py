@@ -6,8 +6,9 @@ x2 = x1 + linear(x1, w1)   ->   x2 = x1 + linear(x1, w0)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from redpass.analysis import cost, structure
@@ -47,13 +48,8 @@ class ShareLayers:
 
     def plan(self, program: Program, facts: Facts) -> Plan:
         """Plans one action a pair, the least effect first."""
-        if not facts.get(structure).branches:
-            return Plan(skips=(Skip(RULE, "graph", NO_STREAM),))
-        if not facts.get(blocks):
-            return Plan(skips=(Skip(RULE, "graph", NO_LAYERS),))
-        wanted = named_pairs(self.only, facts, self.name)
-        plan = Plan.of(self._judge(program, key, swap) for key, swap in wanted.items())
-        return Plan(tuple(sorted(plan.actions, key=lambda a: a.loss or 0.0)), plan.skips)
+        judge = partial(self._judge, program)
+        return plan_pairs(self.name, self.only, facts, RULE, judge)
 
     def _judge(self, program: Program, key: str, swap: Swap) -> Action | Skip:
         if swap.twin.fault:
@@ -75,7 +71,30 @@ class ShareLayers:
         )
 
 
-def named_pairs(only: tuple[str, ...], facts: Facts, place: str) -> Mapping[str, Swap]:
+def plan_pairs(
+    name: str,
+    only: tuple[str, ...],
+    facts: Facts,
+    rule: str,
+    judge: Callable[[str, Swap], Action | Skip],
+) -> Plan:
+    """Judges each pair of layers, and plans the least effect first.
+
+    Args:
+        name: the pass that is planning, for messages.
+        only: the pairs that the user named; none for all of them.
+        rule: what a skip of the whole graph is filed under.
+        judge: a pair by its key -> what to do with it.
+    """
+    if not facts.get(structure).branches:
+        return Plan(skips=(Skip(rule, "graph", NO_STREAM),))
+    if not facts.get(blocks):
+        return Plan(skips=(Skip(rule, "graph", NO_LAYERS),))
+    plan = Plan.of(judge(*pair) for pair in _pairs(only, facts, name).items())
+    return Plan(tuple(sorted(plan.actions, key=lambda a: a.loss or 0.0)), plan.skips)
+
+
+def _pairs(only: tuple[str, ...], facts: Facts, place: str) -> Mapping[str, Swap]:
     """Returns the pairs that the user named, unmeasured, or all of them, measured."""
     if not only:
         return facts.get(swaps)
