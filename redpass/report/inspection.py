@@ -13,6 +13,7 @@ from rich.text import Text
 
 from redpass.errors import clean
 from redpass.report import figures, rows
+from redpass.report.terminal import weighed
 
 if TYPE_CHECKING:
     from redpass.analysis.inspection import Inspection, Row
@@ -29,13 +30,7 @@ def tables(found: Inspection) -> RenderableType:
 
 
 def _totals(found: Inspection) -> Table:
-    sizes = ", ".join(f"{name} {value}" for name, value in found.sizes.items())
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_row("parameters", figures.count(found.parameters), "")
-    table.add_row("weights", figures.size(found.bytes), "")
-    table.add_row("FLOPs", figures.count(found.flops), Text(sizes, "dim"))
-    if found.kv_bytes_per_token:
-        table.add_row("KV cache", figures.size(found.kv_bytes_per_token), Text("per token", "dim"))
+    table = weighed(found)
     table.add_row("layers", str(found.layers), "")
     table.add_row("graph nodes", str(found.nodes), "")
     return table

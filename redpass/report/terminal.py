@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Group as Parts
@@ -24,6 +24,9 @@ from redpass.record import (
 )
 from redpass.report import figures, rows
 from redpass.report.heatmap import LEVELS, colors, levels
+
+if TYPE_CHECKING:
+    from redpass.analysis.inspection import Inspection
 
 STYLES = {"good": "green", "bad": "red", "warn": "yellow", "plain": ""}
 MOST_PLACES = 40
@@ -89,6 +92,13 @@ def layers(records: Sequence[LayerRecord]) -> Table:
 
 def costs(record: CostRecord) -> Table:
     """Returns what a model costs, one line a figure."""
+    table = weighed(record)
+    table.add_row("graph nodes", str(record.nodes), "")
+    return table
+
+
+def weighed(record: CostRecord | Inspection) -> Table:
+    """Returns a table of weights, work and cache, for more lines to follow."""
     sizes = ", ".join(f"{name} {value}" for name, value in record.sizes.items())
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_row("parameters", figures.count(record.parameters), "")
@@ -96,7 +106,6 @@ def costs(record: CostRecord) -> Table:
     table.add_row("FLOPs", figures.count(record.flops), Text(sizes, "dim"))
     if record.kv_bytes_per_token:
         table.add_row("KV cache", figures.size(record.kv_bytes_per_token), Text("per token", "dim"))
-    table.add_row("graph nodes", str(record.nodes), "")
     return table
 
 
