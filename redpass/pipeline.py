@@ -194,7 +194,9 @@ class _Run:
                     break
         _show(passes, self.engine)
 
-    def _search(self, passes: Sequence[Pass], only: frozenset[str] = frozenset()) -> None:
+    def _search(
+        self, passes: Sequence[Pass], only: frozenset[str] = frozenset(), *, again: bool = False
+    ) -> None:
         search = Search(
             self.engine,
             self.budget,
@@ -208,13 +210,16 @@ class _Run:
         )
         search.run(passes, only)
         self.searches.append(search)
-        if self.is_named and not search.pool and not only:
+        if self.is_named and not search.pool and not only and not again:
             self._refuse(passes)
         if self.is_named and search.unwritable and len(search.unwritable) == len(search.pool):
             first = next(iter(search.unwritable.values()))
             raise ExportError(f"a form asked for can hold none of it: {first}", hint=WRITABLE)
-        if search.held and search.accepted:
-            self._search(passes, search.held)
+        rest = [pass_ for pass_ in passes if pass_.name not in search.given_back]
+        if search.given_back and rest:  # what was given back had used up a part of the budget
+            self._search(rest, again=True)
+        elif search.held and search.accepted and rest:
+            self._search(rest, search.held)
 
     def _refuse(self, passes: Sequence[Pass]) -> None:
         """Raises when passes that were asked for by name find nothing they could work on."""

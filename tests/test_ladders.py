@@ -18,7 +18,7 @@ from redpass.recipe import needs_data, replay
 from redpass.record import LatencyRecord
 
 CUT = PruneChannels(shares=(0.75, 0.5, 0.25), multiple=1)
-LOOSE = "relative_error<=0.6"
+LOOSE, TIGHT = "relative_error<=0.6", "relative_error<=0.1"
 
 
 def applied(result: redpass.Result) -> list[str]:
@@ -72,23 +72,26 @@ def test_every_pass_that_fits_weights_says_that_its_recipe_needs_data():
     assert silent == []
 
 
-def timed(ratio: float, calls: list[int]):
+def timed(ratio: float, calls: list[int], low: float = 0.0):
     def compare(before, after, *, runners, rounds):
         del before, after, rounds
         calls.append(1)
-        return BenchTable((LatencyRecord(runners[0], "", 1.0, ratio, ratio, (ratio, ratio)),), {})
+        spread = (low or ratio, ratio)
+        return BenchTable((LatencyRecord(runners[0], "", 1.0, ratio, ratio, spread),), {})
 
     return compare
 
 
-@pytest.mark.parametrize(("ratio", "stays"), [(0.9, True), (1.02, False)])
+@pytest.mark.parametrize(
+    ("ratio", "low", "stays"), [(0.9, 0.9, True), (1.02, 1.01, False), (1.16, 0.98, True)]
+)
 def test_cuts_stay_only_where_the_model_is_faster(
-    residual, residual_data, monkeypatch, ratio, stays
+    residual, residual_data, monkeypatch, ratio, low, stays
 ):
     calls: list[int] = []
-    monkeypatch.setattr(bench, "compare", timed(ratio, calls))
+    monkeypatch.setattr(bench, "compare", timed(ratio, calls, low))
     result = redpass.optimize(
-        residual, [CUT, DropBranches()], budget=LOOSE, data=residual_data, only_faster=True
+        residual, [CUT, DropBranches()], budget=TIGHT, data=residual_data, only_faster=True
     )
     kinds = {key.partition(".")[0] for key in applied(result)}
     assert "drop_branches" in kinds
@@ -97,6 +100,16 @@ def test_cuts_stay_only_where_the_model_is_faster(
     if not stays:
         reasons = {a.why for a in result.record.actions if a.pass_name == "prune_channels"}
         assert any("no faster with the cuts of prune_channels: 1.020" in why for why in reasons)
+
+
+def test_what_cuts_kept_out_is_taken_when_they_are_given_back(monkeypatch, residual, residual_data):
+    monkeypatch.setattr(bench, "compare", timed(1.1, []))
+    words = {"budget": TIGHT, "data": residual_data, "only_faster": True}
+    both = redpass.optimize(residual, [CUT, DropBranches()], **words)
+    alone = redpass.optimize(residual, [DropBranches()], **words)
+    assert {a.pass_name for a in both.record.actions if "no faster" in a.why} == {"prune_channels"}
+    assert applied(both) == applied(alone)
+    assert both.record.after.flops == alone.record.after.flops
 
 
 @pytest.mark.parametrize("goal", ["parameters<=-1%", "flops<=-40%"])

@@ -71,12 +71,14 @@ class Search:
 
         Returns:
             The accepted actions. Keys in `held` were not tried because they do not go together with
-            an accepted one; plan again on the new program to try them.
+            an accepted one; plan again on the new program to try them. Cuts of the passes named in
+            `given_back` were taken out again; others were refused beside them and may now be taken.
         """
         started = time.perf_counter()
         self.base = self.engine.program
         plans = [(pass_, self.engine.plan(pass_)) for pass_ in passes]
         self.facts, nodes = self.engine.facts, len(self.base.graph.nodes)
+        self.given_back: set[str] = set()
         self._prepare(plans, only)
         pool = self._writable([c for c in self.pool if self._is_permitted(c)])
         if self.method == "greedy":
@@ -239,6 +241,7 @@ class Search:
     def _give_back(self) -> None:
         """Gives cuts back that make the model no faster; see `speed`."""
         for candidate, why in give_back(self.engine, self.trials, self.budget, self.before):
+            self.given_back.add(candidate.pass_.name)
             self.engine.withdraw(candidate.pass_, candidate.action, why)
 
     def _adopt(self) -> None:
