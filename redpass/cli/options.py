@@ -55,7 +55,8 @@ Reduce = Annotated[
     str | None,
     Option(
         metavar="PASSES",
-        help="Approximate passes in place of the default ones; the exact passes run around them.",
+        help="Approximate passes in place of the default ones (drop_branches, prune_channels, "
+        "refit_projections); the exact passes run around them.",
     ),
 ]
 Kernels = Annotated[
@@ -158,7 +159,8 @@ class ResultOptions:
         Option(
             metavar="NAMES",
             help="Forms to write: pt2, onnx, hf. Default: pt2,onnx, and optimize adds hf where a "
-            "Hugging Face folder can hold the result.",
+            "Hugging Face folder can hold the result. When hf is named, optimize does only what "
+            "one can hold.",
             rich_help_panel=RESULT,
         ),
     ] = None

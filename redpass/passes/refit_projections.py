@@ -20,12 +20,12 @@ RULE = "refit_projections.ridge"
 
 @dataclass(frozen=True)
 class RefitProjections:
-    """Repairs what dropping branches and layers did to the residual stream, at no cost.
+    """Repairs what drops and cuts before it did to the residual stream, at no cost.
 
     What: the output projection of attention and the down projection of feed-forwards get new
     weights and biases, all in one action, from ridge regression towards the loaded model's stream.
-    When: after `drop_branches`, `drop_layers` or `drop_span` in the list of passes. Kept only when
-    the quality on the choosing data is better with it.
+    When: behind passes that drop or cut, in the list of passes. Kept only when the quality on the
+    choosing data is better with it.
     Not tried: weights that several layers share, parallel branches, projections with a norm behind
     them inside the branch; they stay, and the reason is told.
     Costs: two runs over the calibration data, and one linear system a projection. A recipe with it

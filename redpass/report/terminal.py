@@ -172,11 +172,12 @@ def latency(records: Iterable[LatencyRecord], machine: Mapping[str, str]) -> Ren
 
 def pass_list(described: Iterable[Mapping[str, Any]]) -> Table:
     """Returns one line a pass that could be run."""
-    table = _table("pass", "promise", "removes", "options")
+    table = _table("pass", "promise", "runs", "removes", "options")
     for item in described:
         options = ", ".join(f"{name}={value}" for name, value in item["options"].items())
         name = Text(item["name"], "bold")
-        table.add_row(name, item["exactness"], item["removes"], Text(options, "dim"))
+        promise, runs = item["exactness"], item["runs"]
+        table.add_row(name, promise, runs, item["removes"], Text(options, "dim"))
     return table
 
 

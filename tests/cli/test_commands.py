@@ -176,3 +176,7 @@ def test_passes_lists_each(run: Run) -> None:
     data = json.loads(run("passes", "--json").out)
     assert [item["name"] for item in data] == list(PASSES)
     assert all(item["removes"].endswith(".") for item in data)
+    runs = {item["name"]: item["runs"] for item in data}
+    assert runs["drop_noops"] == "always"
+    assert runs["prune_channels"] == runs["drop_branches"] == "with a budget"
+    assert runs["drop_layers"] == "by name"
