@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import transformers
+from checking import plan_pass
 from torch import Tensor
 
 import redpass
 from redpass.data import Batches
-from redpass.facts import Facts
 from redpass.plan import Pass, Plan
 from redpass.program import Program
 
@@ -71,7 +71,7 @@ def texts(batches: int = 4) -> Batches:
 
 def plan_with(pass_: Pass, program: Program) -> Plan:
     """Plans on random tokens, with the analyses that the pass asks for."""
-    return pass_.plan(program, Facts(program, texts()).restrict(tuple(pass_.needs)))
+    return plan_pass(pass_, program, texts())
 
 
 def decode(

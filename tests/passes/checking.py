@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from redpass import rewrite
+from redpass.data import Batches
 from redpass.facts import Facts
-from redpass.plan import Exactness, Pass, Plan
+from redpass.plan import Action, Exactness, Pass, Plan
 from redpass.program import Program
+from redpass.verify.rules import check_rules
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,9 +35,16 @@ class Checked:
         return [action.rule for action in self.plan.actions]
 
 
-def plan_pass(pass_: Pass, program: Program) -> Plan:
+def plan_pass(pass_: Pass, program: Program, data: Batches | None = None) -> Plan:
     """Plans with facts restricted to what the pass declared."""
-    return pass_.plan(program, Facts(program).restrict(tuple(pass_.needs)))
+    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
+
+
+def applied(program: Program, *actions: Action) -> Program:
+    """Does some actions and checks the graph's rules."""
+    after = rewrite.apply(program, actions)
+    check_rules(after)
+    return after
 
 
 def run_pass(pass_: Pass, program: Program) -> Checked:
@@ -50,7 +59,8 @@ def run_pass(pass_: Pass, program: Program) -> Checked:
     assert len({action.key for action in plan.actions}) == len(plan.actions), "keys repeat"
     again = plan_pass(pass_, after)
     assert not again.actions, f"a second run plans {[action.key for action in again.actions]}"
-    _check_rules(after)
+    after.graph.lint()
+    check_rules(after)
     return Checked(plan, after)
 
 
@@ -84,15 +94,6 @@ def check_numbers(exactness: Exactness, before: Program, after: Program, inputs:
     values = inputs if isinstance(inputs, Mapping) else named
     verdict = compare(before, after, [values], exactness=exactness)
     assert verdict.passed, verdict.reason
-
-
-def _check_rules(program: Program) -> None:
-    program.graph.lint()
-    try:
-        from redpass.verify.rules import check_rules
-    except ImportError:
-        return
-    check_rules(program)
 
 
 def describe(program: Program, checked: Checked) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import DIM, Attending, check_same
+from checking import plan_pass
 from torch import Tensor
 
 from redpass import rewrite
@@ -39,8 +40,7 @@ def alike(pairs: dict[int, int], grouped: bool = False):  # type: ignore[no-unty
 
 
 def planned(program: Program, batches: Batches | None, **options: object) -> Plan:
-    pass_ = ClusterHeads(**options)  # type: ignore[arg-type]
-    return pass_.plan(program, Facts(program, batches).restrict(tuple(pass_.needs)))
+    return plan_pass(ClusterHeads(**options), program, batches)  # type: ignore[arg-type]
 
 
 def only(program: Program, batches: Batches, **options: object) -> tuple[Action, Program]:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import check_numbers, run_pass
+from checking import check_numbers, plan_pass, run_pass
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
 from redpass import rewrite
 from redpass.data import Batches
-from redpass.facts import Facts
 from redpass.passes.merge_equal_neurons import MergeEqualNeurons
 from redpass.passes.prune_channels import PruneChannels
 from redpass.program import Program
@@ -130,9 +129,7 @@ def test_channels_that_differ_in_one_norm_or_sign_are_not_merged() -> None:
 
 
 def test_whole_groups_of_a_grouped_convolution_go(planted: Program) -> None:
-    facts = Facts(planted, _rows())
-    pass_ = PruneChannels(shares=(0.5,), multiple=1)
-    plan = pass_.plan(planted, facts.restrict(tuple(pass_.needs)))
+    plan = plan_pass(PruneChannels(shares=(0.5,), multiple=1), planted, _rows())
     (cut,) = [
         a for a in plan.actions if "2 of 4 channels" in a.reason and "grouped" in str(a.edits)
     ]
@@ -155,9 +152,7 @@ def test_a_group_that_adds_nothing_goes_for_free() -> None:
         net.grouped.weight[6:12] = 0.0
         net.grouped.bias[6:12] = -1.0
     program = _traced(net)
-    facts = Facts(program, _rows())
-    pass_ = PruneChannels(shares=(0.75,), multiple=1)
-    actions = pass_.plan(program, facts.restrict(tuple(pass_.needs))).actions
+    actions = plan_pass(PruneChannels(shares=(0.75,), multiple=1), program, _rows()).actions
     (cut,) = [a for a in actions if "3 of 4 channels" in a.reason and "grouped" in str(a.edits)]
     assert cut.loss == pytest.approx(0.0, abs=1e-9)
     x = _rows(1, 5)[0]["pixel_values"]

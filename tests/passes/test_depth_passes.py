@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from building import Builder, aten
-from checking import Checked, check_golden, describe
+from checking import Checked, applied, check_golden, describe, plan_pass
 
 from redpass import rewrite
 from redpass.analysis import structure
@@ -19,7 +19,6 @@ from redpass.passes.reuse_layers import ReuseLayers
 from redpass.passes.share_layers import ShareLayers
 from redpass.plan import Pass
 from redpass.program import Program
-from redpass.verify.rules import check_rules
 
 STILL = 1
 """The layer whose output weights are zero."""
@@ -55,11 +54,8 @@ def data(rows: int = 8) -> Batches:
 
 
 def planned(pass_: Pass, program: Program, batches: Batches | None = None) -> Checked:
-    facts = Facts(program, batches).restrict(tuple(pass_.needs))
-    plan = pass_.plan(program, facts)
-    after = rewrite.apply(program, plan.actions)
-    check_rules(after)
-    return Checked(plan, after)
+    plan = plan_pass(pass_, program, batches)
+    return Checked(plan, applied(program, *plan.actions))
 
 
 GOLDEN = {

@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from building import Builder, aten
+from checking import applied, plan_pass
 from torch import Tensor
 
-from redpass import rewrite
 from redpass.data import Batches, Splits
 from redpass.errors import DataError, UsageError
-from redpass.facts import Facts
 from redpass.passes.factor_linears import FactorLinears
 from redpass.passes.spec import format_pass, parse_passes
 from redpass.plan import Action, Plan
 from redpass.program import Program
-from redpass.verify.rules import check_rules
 
 WIDTH = 24
 
@@ -47,14 +45,7 @@ def _one(weight: Tensor, form: str = "linear") -> Program:
 
 
 def _plan(program: Program, data: Batches | None = None, **options: object) -> Plan:
-    pass_ = FactorLinears(**options)
-    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
-
-
-def _apply(program: Program, *actions: Action) -> Program:
-    after = rewrite.apply(program, actions)
-    check_rules(after)
-    return after
+    return plan_pass(FactorLinears(**options), program, data)
 
 
 def _error(after: Program, before: Program, data: Batches) -> float:
@@ -71,7 +62,7 @@ def test_a_planted_rank_costs_nothing_in_every_form_of_a_linear(form: str, white
     (action,) = (a for a in plan.actions if a.evidence["rank"] == 3)
     assert action == max(plan.actions, key=lambda a: a.evidence["rank"])
     assert "the weight is of that rank" in action.reason
-    after = _apply(program, action)
+    after = applied(program, action)
     assert _error(after, program, _rows(7)) < 1e-11
     shapes = {tuple(sorted(w.shape)) for w in after.weights.values() if w.dim() == 2}
     assert shapes == {(3, 40), (3, WIDTH)}
@@ -83,10 +74,10 @@ def test_whitened_beats_plain_and_the_bias_makes_up_for_the_mean() -> None:
     errors = {}
     for whiten in (True, False):
         plan = _plan(program, _rows(), whiten=whiten, multiple=1, shares=(0.4,))
-        errors[whiten] = _error(_apply(program, *plan.actions), program, _rows(7))
+        errors[whiten] = _error(applied(program, *plan.actions), program, _rows(7))
     assert errors[True] < 0.5 * errors[False]
     mean = _rows(7, tokens=4000)[0]["x"]
-    gap = _apply(program, *plan.actions)(mean)[0].mean(0) - program(mean)[0].mean(0)
+    gap = applied(program, *plan.actions)(mean)[0].mean(0) - program(mean)[0].mean(0)
     assert float(gap.norm()) < 0.05 * float(program(mean)[0].mean(0).norm())
 
 
@@ -95,7 +86,7 @@ def test_the_predicted_loss_is_the_error_that_is_measured() -> None:
     program, data = _one(_random(40, WIDTH)), _rows(count=10, tokens=2000)
     for whiten in (True, False):
         for action in _plan(program, data, whiten=whiten, multiple=1).actions:
-            after, rows = _apply(program, action), torch.cat([row["x"] for row in data])
+            after, rows = applied(program, action), torch.cat([row["x"] for row in data])
             out = program(rows)[0]
             gap = (after(rows)[0] - out).square().sum() / (out - out.mean(0)).square().sum()
             assert action.loss == pytest.approx(float(gap), rel=0.1, abs=1e-3)
@@ -151,10 +142,10 @@ def test_actions_of_different_places_compose_and_come_again_by_name(
 ) -> None:
     data = residual_data.calibration
     plan = _plan(residual, data, multiple=2, shares=(0.6,))
-    after = _apply(residual, *plan.actions)
+    after = applied(residual, *plan.actions)
     targets = tuple(action.target for action in plan.actions)
     (again,) = parse_passes(format_pass(FactorLinears(only=targets)))
-    repeated = _apply(residual, *_plan(residual, data, only=again.only).actions)
+    repeated = applied(residual, *_plan(residual, data, only=again.only).actions)
     x = data[0]
     assert torch.allclose(after(**x)[0], repeated(**x)[0], atol=1e-5)
     rest = _plan(after, data, multiple=2)
@@ -181,7 +172,7 @@ def test_a_tied_weight_is_cut_in_all_its_places() -> None:
     program = _twice("linear")
     plan = _plan(program, _rows(), multiple=1, shares=(0.6,))
     (action,) = plan.actions
-    after = _apply(program, action)
+    after = applied(program, action)
     assert sorted(w.dim() for w in after.weights.values()) == [1, 2, 2]
     assert action.saving["parameters"] == sum(
         sign * w.numel()
@@ -219,14 +210,14 @@ def test_fewer_tokens_than_channels_work_and_say_so() -> None:
     (action,) = plan.actions
     assert (action.evidence["tokens"], action.evidence["channels"]) == (5, WIDTH)
     assert action.loss > 1e-3
-    assert _error(_apply(program, action), program, _rows(7)) < 0.3
+    assert _error(applied(program, action), program, _rows(7)) < 0.3
 
 
 def test_dead_channels_and_constant_inputs_do_no_harm() -> None:
     program = _one(_random(40, WIDTH))
     dead = Batches(({"x": torch.zeros(8, WIDTH)},))
     for action in _plan(program, dead, multiple=1).actions:
-        out = _apply(program, action)(torch.zeros(2, WIDTH))[0]
+        out = applied(program, action)(torch.zeros(2, WIDTH))[0]
         assert torch.allclose(out, program(torch.zeros(2, WIDTH))[0], atol=1e-6)
 
 

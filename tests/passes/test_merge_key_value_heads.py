@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import DIM, Attending, check_same
+from checking import plan_pass
 from torch import Tensor
 
 from redpass import rewrite
@@ -15,7 +16,6 @@ from redpass.analysis.heads.alignment import equal_parts, turn
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError
-from redpass.facts import Facts
 from redpass.passes.cluster_heads import ClusterHeads
 from redpass.passes.merge_key_value_heads import MergeKeyValueHeads
 from redpass.passes.prune_heads import PruneHeads
@@ -26,8 +26,7 @@ from redpass.verify.rules import check_rules
 
 
 def planned(program: Program, batches: Batches | None, **options: object) -> Plan:
-    pass_ = MergeKeyValueHeads(**options)  # type: ignore[arg-type]
-    return pass_.plan(program, Facts(program, batches).restrict(tuple(pass_.needs)))
+    return plan_pass(MergeKeyValueHeads(**options), program, batches)  # type: ignore[arg-type]
 
 
 def drawn_turn(kind: str, seed: int) -> Tensor:
@@ -107,11 +106,11 @@ def test_rewritten_attentions_can_be_looked_at_again(first: type[Pass], keys: in
     what = Attending(keys=keys, cache=True)
     program, batches = what.program(), what.batches(2)
     for _ in range(2):
-        plan = _plan(first(), program, batches)
+        plan = plan_pass(first(), program, batches)
         program = rewrite.apply(program, plan.actions[:1])
         check_rules(program)
         for again in (ClusterHeads(shares=(0.5,)), PruneHeads(shares=(0.5,)), first()):
-            plan = _plan(again, program, batches)
+            plan = plan_pass(again, program, batches)
             assert plan.actions or plan.skips
             for action in plan.actions:
                 after = rewrite.apply(program, [action])
@@ -126,10 +125,6 @@ def test_rewritten_attentions_can_be_looked_at_again(first: type[Pass], keys: in
                     off += float((old - new).square().sum())
                     size += float(old.square().sum())
                 assert action.loss == pytest.approx(off / size, rel=1e-2, abs=1e-9)
-
-
-def _plan(pass_: Pass, program: Program, batches: Batches) -> Plan:
-    return pass_.plan(program, Facts(program, batches).restrict(tuple(pass_.needs)))
 
 
 def test_parts_of_one_size() -> None:

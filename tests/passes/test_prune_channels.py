@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from building import Builder, aten
+from checking import plan_pass
 from torch import nn
 
 import redpass
@@ -15,7 +16,6 @@ from redpass.analysis.cost import total_cost
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.data import Batches
 from redpass.errors import DataError, PassError, UsageError
-from redpass.facts import Facts
 from redpass.passes.prune_channels import PruneChannels
 from redpass.plan import Action, Narrow, Plan
 from redpass.program import Program
@@ -68,8 +68,7 @@ def rows(batches: int = 8, size: int = 64, seed: int = 1, width: int = WIDTH) ->
 
 
 def plan(program: Program, data: Batches | None, **options: object) -> Plan:
-    pass_ = PruneChannels(**options)
-    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
+    return plan_pass(PruneChannels(**options), program, data)
 
 
 def applied(program: Program, actions: object) -> Program:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from checking import applied, plan_pass
 from torch import Tensor, fx
 
 import redpass
@@ -19,12 +20,10 @@ from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.structure import structure
 from redpass.data import Batches
 from redpass.errors import DataError, PassError, UsageError
-from redpass.facts import Facts
 from redpass.passes.prune_channels import PruneChannels
 from redpass.plan import Action, Narrow, Plan
 from redpass.program import Program, interpret
 from redpass.verify.inputs import complete
-from redpass.verify.rules import check_rules
 
 WORDS, INNER = 61, 48
 SMALL = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,14 +70,7 @@ def texts(batches: int = 8, seed: int = 0, rows: int = 8) -> Batches:
 
 
 def plan(program: Program, data: Batches | None, **options: object) -> Plan:
-    pass_ = PruneChannels(**{"kinds": ("experts",), **options})  # type: ignore[arg-type]
-    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
-
-
-def applied(program: Program, *actions: Action) -> Program:
-    after = rewrite.apply(program, actions)
-    check_rules(after)
-    return after
+    return plan_pass(PruneChannels(**{"kinds": ("experts",), **options}), program, data)  # type: ignore[arg-type]
 
 
 def stream(program: Program, name: str, values: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import DIM, Attending, check_same
+from checking import plan_pass
 from torch import Tensor
 
 from redpass import bench, rewrite
@@ -35,8 +36,7 @@ def silent(*heads: int):  # type: ignore[no-untyped-def]
 
 
 def planned(program: Program, batches: Batches | None, **options: object) -> Plan:
-    pass_ = PruneHeads(**options)  # type: ignore[arg-type]
-    return pass_.plan(program, Facts(program, batches).restrict(tuple(pass_.needs)))
+    return plan_pass(PruneHeads(**options), program, batches)  # type: ignore[arg-type]
 
 
 ALONE = Attending(edit=silent(1, 3))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import applied
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 import zoo
 
-from redpass import rewrite
 from redpass.analysis.cost import total_cost
 from redpass.analysis.heads.clover import BASES
 from redpass.analysis.heads.savings import kinds_of
@@ -26,7 +26,6 @@ from redpass.passes.shrink_heads import ShrinkHeads
 from redpass.plan import Action, Plan
 from redpass.program import Program
 from redpass.verify.inputs import complete
-from redpass.verify.rules import check_rules
 
 
 def _rows(program: Program, seed: int = 0, length: int = 12) -> dict[str, Tensor]:
@@ -55,12 +54,6 @@ def _gap(after: Program, before: Program) -> float:
 def _plan(program: Program, facts: Facts | None = None, **options: object) -> Plan:
     pass_ = ShrinkHeads(**{"multiple": 1, **options})
     return pass_.plan(program, (facts or _facts(program)).restrict(tuple(pass_.needs)))
-
-
-def _apply(program: Program, *actions: Action) -> Program:
-    after = rewrite.apply(program, actions)
-    check_rules(after)
-    return after
 
 
 class _Measured(dict[str, Facts]):
@@ -94,7 +87,7 @@ def test_full_width_leaves_the_output_as_it_is(
     label, found = next(iter(facts.get(head_widths).items()))
     kind = kinds_of(facts.get(head_shapes).kinds[label])[-1]
     edits, loss = found.cut(kind, 8, basis, refit=refit)
-    after = _apply(facts.program, Action("test", label, edits, ""))
+    after = applied(facts.program, Action("test", label, edits, ""))
     assert loss < 1e-9
     assert _gap(after, facts.program) < 1e-5
 
@@ -119,7 +112,7 @@ def test_savings_are_what_is_saved_and_the_cache_shrinks(
     assert [a.loss for a in plan.actions] == sorted(a.loss for a in plan.actions)
     before = total_cost(program)
     for action in plan.actions[-2:]:
-        after = total_cost(_apply(program, action))
+        after = total_cost(applied(program, action))
         assert action.saving == {
             "parameters": before.parameters - after.parameters,
             "bytes": before.bytes - after.bytes,
@@ -138,10 +131,10 @@ def test_widths_of_one_fused_linear_are_rivals_and_others_go_together(
     plan = _plan(program, measured["opt"], shares=(0.75,))
     apart = [a for a in plan.actions if not a.place.endswith("heads-width")]
     assert len({a.place for a in apart}) == len(apart) == 4
-    after = _apply(program, *apart)
+    after = applied(program, *apart)
     assert _gap(after, program) < 0.2
     targets = tuple(action.target for action in apart)
-    again = _apply(program, *_plan(program, measured["opt"], only=targets).actions)
+    again = applied(program, *_plan(program, measured["opt"], only=targets).actions)
     assert _gap(again, after) < 1e-5
 
 
@@ -171,7 +164,7 @@ def test_predicted_losses_of_values_are_the_error_in_the_stream(
     facts = Facts(program, Batches((_rows(program, 0, 256),)))
     label, found = next(iter(facts.get(head_widths).items()))
     edits, loss = found.cut("values", 4, "activations", refit=True)
-    after = _apply(facts.program, Action("test", label, edits, ""))
+    after = applied(facts.program, Action("test", label, edits, ""))
     stream = found.site.branch.after
     gaps, whole = 0.0, 0.0
     for batch in facts.data():
@@ -213,7 +206,7 @@ def test_planted_narrow_values_are_found_and_cost_nothing(measured: dict[str, Fa
         plan = _plan(planted, facts, basis=basis, shares=(0.75,))
         action = next(a for a in plan.actions if a.target.startswith("layers.0.attention.values"))
         assert action.target == "layers.0.attention.values@3"
-        assert _gap(_apply(planted, action), planted) < 1e-4
+        assert _gap(applied(planted, action), planted) < 1e-4
 
 
 def test_data_are_needed_and_few_tokens_do(measured: dict[str, Facts]) -> None:
@@ -223,7 +216,7 @@ def test_data_are_needed_and_few_tokens_do(measured: dict[str, Facts]) -> None:
     few = Facts(program, Batches((_rows(program, 3, length=1),)))
     plan = _plan(program, few, shares=(0.75,))
     assert all(action.evidence["tokens"] == 4 for action in plan.actions)
-    assert _gap(_apply(program, *plan.actions), program) < 1.0
+    assert _gap(applied(program, *plan.actions), program) < 1.0
 
 
 @pytest.mark.parametrize(

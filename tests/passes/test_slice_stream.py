@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import Builder, aten
+from checking import applied, plan_pass
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -39,7 +40,6 @@ from redpass.program import Program
 from redpass.recipe import needs_data, replay
 from redpass.verify.inputs import complete
 from redpass.verify.reference import reference
-from redpass.verify.rules import check_rules
 
 WIDTH = 16
 
@@ -103,14 +103,7 @@ def words(batches: int = 4, seed: int = 1) -> Batches:
 
 
 def plan(program: Program, data: Batches | None, **options: object) -> Plan:
-    pass_ = SliceStream(**{"multiple": 1, **options})
-    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
-
-
-def applied(program: Program, *actions: Action) -> Program:
-    after = rewrite.apply(program, actions)
-    check_rules(after)
-    return after
+    return plan_pass(SliceStream(**{"multiple": 1, **options}), program, data)
 
 
 def off(program: Program, after: Program, values: Mapping[str, Tensor]) -> float:
@@ -468,7 +461,6 @@ def test_repairs_towards_the_loaded_stream_leave_a_narrower_one_alone(residual, 
     both = (cut, next(a for a in drops if a.target.startswith("layers.2")))
     after = replace(rewrite.apply(residual, both), lineage=extend(residual, residual, both))
     for repair in (RefitProjections(), MapStream()):
-        found = repair.plan(after, Facts(after, data).restrict(tuple(repair.needs)))
-        assert not found.actions
+        assert not plan_pass(repair, after, data).actions
     reasons = {skip.reason for skip in RefitProjections().plan(after, Facts(after, data)).skips}
     assert reasons == {"the stream is narrower than the loaded model's"}

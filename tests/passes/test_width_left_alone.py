@@ -8,17 +8,16 @@ import attending
 import pytest
 import torch
 from attending import Attending
+from checking import plan_pass
 from torch import fx
 
 from redpass import rewrite
 from redpass.data import Batches
-from redpass.facts import Facts
 from redpass.passes.cluster_heads import ClusterHeads
 from redpass.passes.merge_key_value_heads import MergeKeyValueHeads
 from redpass.passes.prune_heads import PruneHeads
 from redpass.passes.shrink_heads import ShrinkHeads
-from redpass.plan import Pass, Plan
-from redpass.program import Program
+from redpass.plan import Pass
 
 PASSES = (
     ShrinkHeads(multiple=1),
@@ -26,10 +25,6 @@ PASSES = (
     ClusterHeads(),
     MergeKeyValueHeads(),
 )
-
-
-def _plan(pass_: Pass, program: Program, data: Batches) -> Plan:
-    return pass_.plan(program, Facts(program, data).restrict(tuple(pass_.needs)))
 
 
 class _Quantised(attending._Layer):
@@ -47,7 +42,7 @@ class _Quantised(attending._Layer):
 def test_quantised_projections_are_left_alone(pass_: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attending, "_Layer", _Quantised)
     what = Attending(rotary=True)
-    plan = _plan(pass_, what.program(), what.batches(2))
+    plan = plan_pass(pass_, what.program(), what.batches(2))
     assert not plan.actions
     assert {skip.reason for skip in plan.skips} == {"no plain linear layer makes its queries"}
 
@@ -74,7 +69,7 @@ def test_heads_turned_as_complex_numbers_are_left_alone(
 ) -> None:
     monkeypatch.setattr(attending, "_Layer", _Complex)
     what = Attending(rotary=True, keys=2)
-    plan = _plan(pass_, what.program(), what.batches(2))
+    plan = plan_pass(pass_, what.program(), what.batches(2))
     assert not [action for action in plan.actions if "values" not in action.target]
     assert all(skip.reason for skip in plan.skips)
     assert plan.skips
@@ -85,7 +80,7 @@ def test_a_projection_that_two_layers_share_is_left_alone_in_both(pass_: Pass) -
     what = Attending(layers=2, rotary=True)
     program = what.program()
     shared = {**program.weights, "layers.1.q": program.weights["layers.0.q"]}
-    plan = _plan(pass_, replace(program, weights=shared), what.batches(2))
+    plan = plan_pass(pass_, replace(program, weights=shared), what.batches(2))
     assert not plan.actions
     assert len(plan.skips) == 2
     assert all("has other readers" in skip.reason for skip in plan.skips)
@@ -98,7 +93,7 @@ def test_singular_moments_of_rotated_keys_are_no_trouble() -> None:
     row = what.batches(1, rows=1, length=1)[0]
     names = [port.name for port in program.signature.inputs]
     data = Batches(({name: row[name] for name in names},) * 2)
-    plan = _plan(ShrinkHeads(multiple=1, shares=(0.5,)), program, data)
+    plan = plan_pass(ShrinkHeads(multiple=1, shares=(0.5,)), program, data)
     assert {action.target for action in plan.actions} == {
         "layers.0.attention.keys@4",
         "layers.0.attention.values@4",

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from building import Builder, aten
+from checking import plan_pass
 
 from redpass import rewrite
 from redpass.budget.preflight import chosen_passes
@@ -14,7 +15,6 @@ from redpass.budget.shares import choose
 from redpass.budget.spec import parse_budget
 from redpass.data import Batches, Splits
 from redpass.errors import PassError, UsageError
-from redpass.facts import Facts
 from redpass.passes import PASSES
 from redpass.passes.prune_channels import PruneChannels
 from redpass.passes.spec import as_passes, parse_passes
@@ -132,7 +132,7 @@ def test_sizes_that_cannot_be_are_refused_before_data_are_read(
 ) -> None:
     (pass_,) = parse_passes(f"{name}({text})")
     with pytest.raises(UsageError, match=told) as refused:
-        pass_.plan(plain, Facts(plain).restrict(tuple(pass_.needs)))
+        plan_pass(pass_, plain)
     assert refused.value.place == name
     assert str(refused.value).count("\n"), "a hint says what to do"
 
@@ -148,7 +148,7 @@ NEAREST = [
 def test_the_nearest_target_is_named(plain: Program, name: str, target: str, meant: str) -> None:
     (pass_,) = parse_passes(f"{name}(only='{target}')")
     with pytest.raises(UsageError, match=f"known: .*{meant}|did you mean '{meant}'"):
-        pass_.plan(plain, Facts(plain).restrict(tuple(pass_.needs)))
+        plan_pass(pass_, plain)
 
 
 ROWS = Batches(({"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))},) * 4)
@@ -158,7 +158,7 @@ ROWS = Batches(({"x": torch.randn(8, 16, generator=torch.Generator().manual_seed
                                   "factor_linears(multiple=64)", "cache_latents"])  # fmt: skip
 def test_a_ladder_without_rungs_says_so(plain: Program, name: str) -> None:
     (pass_,) = parse_passes(name)
-    plan = pass_.plan(plain, Facts(plain, ROWS).restrict(tuple(pass_.needs)))
+    plan = plan_pass(pass_, plain, ROWS)
     assert not plan.actions
     assert any("multiple of 64" in s.reason or "keeps no keys" in s.reason for s in plan.skips)
 
@@ -186,7 +186,7 @@ def test_half_precision_is_fitted_and_stays_half(
     generator = torch.Generator().manual_seed(1)
     rows = tuple({"x": torch.randn(8, 16, generator=generator).to(dtype)} for _ in range(4))
     (pass_,) = parse_passes(name)
-    plan = pass_.plan(program, Facts(program, Batches(rows)).restrict(tuple(pass_.needs)))
+    plan = plan_pass(pass_, program, Batches(rows))
     assert plan.actions
     for action in plan.actions:
         (found,) = rewrite.apply(program, [action])(rows[0]["x"])

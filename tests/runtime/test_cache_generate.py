@@ -67,12 +67,16 @@ def test_onnx_runtime_generates_the_same_with_half_the_cache(
     assert torch.equal(written(path), written(program))
 
 
-def test_a_pt2_holds_a_window(tmp_path: Path) -> None:
-    program = cut("llama", 0.5, **WINDOW)
-    path = tmp_path / "model.pt2"
+def read_back(program: Program, path: Path) -> Program:
+    """Writes the program as .pt2, and checks that the file generates the same."""
     to_pt2(program, path)
     assert torch.equal(written(path), written(program))
-    back = redpass.load(path)
+    return redpass.load(path)
+
+
+def test_a_pt2_holds_a_window(tmp_path: Path) -> None:
+    program = cut("llama", 0.5, **WINDOW)
+    back = read_back(program, tmp_path / "model.pt2")
     assert back.signature == program.signature
     assert torch.equal(written(back), written(program))
     sites = [s for s in find_sites(back, Facts(back)) if not isinstance(s, Skip)]
@@ -81,10 +85,7 @@ def test_a_pt2_holds_a_window(tmp_path: Path) -> None:
 
 def test_a_pt2_generates_the_same_and_its_latent_attention_is_found(tmp_path: Path) -> None:
     program = cut("llama", 0.5, **GROUPED)
-    path = tmp_path / "model.pt2"
-    to_pt2(program, path)
-    assert torch.equal(written(path), written(program))
-    back = redpass.load(path)
+    back = read_back(program, tmp_path / "model.pt2")
     ids = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(5))
     assert torch.allclose(decode(back, ids)[0], decode(program, ids)[0], atol=1e-5)
     for found in (program, back):
