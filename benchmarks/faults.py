@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "native" / "faults.c"
+LARGE = b"y" * 5000
 Write = Callable[[Path], None]
 
 
@@ -87,6 +88,7 @@ def writers(folder: Path) -> dict[str, Write]:
         opened = Journal.open(target.with_name("journal"), "key")
         for name in ("a", "b")[: 1 + bool(opened.found)]:  # "b" on top of what lies there
             opened.recall(name, lambda: "x" * 5000)
+            opened.blocks.keep(name, None, memoryview(LARGE))
 
     return {
         "pt2": whole(lambda p: export.to_pt2(program, p / "model.pt2")),
@@ -110,7 +112,9 @@ def digest(target: Path) -> str:
     from redpass.manifest import verify_artifact
 
     if target.name == "journal":
-        return str(Journal.open(target, "key").found)
+        opened = Journal.open(target, "key")
+        assert all(b is None or b[1] == LARGE for b in map(opened.blocks.find, "ab"))
+        return str(opened.found)
     if target.name == "traced":
         return kept.read(target, "key").digest
     if target.is_dir():

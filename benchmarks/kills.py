@@ -74,10 +74,12 @@ def start(words: list[str], counts: Path, after: float | None = None, look: int 
 
 def _command(words: list[str], counts: Path, look: int) -> int:
     from redpass import journal
+    from redpass.blocks import Blocks
     from redpass.cli import main
 
     opened, real = [], journal.Journal.open.__func__  # type: ignore[attr-defined]
     append, seen = journal._append, []
+    keep, lengths, link = Blocks.keep, [], counts.with_name(f"blocks-{os.getpid()}")
 
     def write(path: Path, text: str) -> None:
         append(path, text)
@@ -86,11 +88,20 @@ def _command(words: list[str], counts: Path, look: int) -> int:
             finish()
             os._exit(0)
 
+    def keep_too(self: Blocks, *value: Any) -> None:
+        keep(self, *value)
+        if self.path is not None and self.path.exists():
+            lengths.append((time.process_time(), str(self.path), self.path.stat().st_size))
+            if not link.exists():
+                os.link(self.path, link)  # the run removes its own name of it
+
     def finish() -> None:
         found = {name: sum(getattr(j, name) for j in opened) for name in ("computed", "recalled")}
-        counts.write_text(json.dumps({**found, "seen": seen}))
+        kept = {"seen": seen, "lengths": lengths, "blocks": str(link)}
+        counts.write_text(json.dumps({**found, **kept}))
 
     journal._append = write
+    Blocks.keep = keep_too  # type: ignore[method-assign]
     journal.Journal.open = classmethod(  # type: ignore[method-assign,assignment]
         lambda *a, **k: opened.append(real(*a, **k)) or opened[-1]
     )
@@ -126,7 +137,11 @@ def write_data(model: str, path: Path, rows: int) -> None:
 
 def records(folder: Path) -> int:
     """Whole records in the journal a killed run left, without its head."""
-    files = [file for file in folder.glob(".out.journal-*") if not file.name.endswith("-traced")]
+    files = [
+        file
+        for file in folder.glob(".out.journal-*")
+        if not file.name.endswith(("-traced", "-blocks"))
+    ]
     lines = [line for file in files for line in file.read_bytes().split(b"\n")]
     return max(0, len(lines) - 2)
 
@@ -160,7 +175,7 @@ def sweep(folder: Path, options: argparse.Namespace) -> None:
     ]  # fmt: skip
     whole = start(words, counts)
     expected = model_files(out)
-    told = {name: count for name, count in whole.counts.items() if name != "seen"}
+    told = {name: whole.counts[name] for name in ("computed", "recalled")}
     print(
         f"undisturbed: {whole.cpu:.0f} s of processor time, {whole.wall:.0f} s, {told}", flush=True
     )
@@ -220,6 +235,7 @@ def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Name
             lines = [text for name, text in kept if name == path]
             sums = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in lines)
             Path(path).write_text("".join(map("{} {}\n".format, sums, lines)))
+        lay_blocks(whole.counts, at)
         traced.unlink(missing_ok=True)
         if kept:
             traced.write_bytes(program)
@@ -236,6 +252,14 @@ def laid_out(whole: Done, words: list[str], counts: Path, options: argparse.Name
         f"cost of {options.kills} kills: median {100 * (statistics.median(ratios) - 1):+.1f}%, "
         f"worst {100 * (max(ratios) - 1):+.1f}%"
     )
+
+
+def lay_blocks(counts: dict[str, Any], at: float) -> None:
+    """Puts the file of large values where it was, as long as it was after `at` seconds."""
+    for path in {path for _, path, _ in counts["lengths"]}:
+        ends = [end for moment, name, end in counts["lengths"] if moment <= at and name == path]
+        data = Path(counts["blocks"]).read_bytes()
+        Path(path).write_bytes(data[: max(ends, default=0)])
 
 
 if __name__ == "__main__":

@@ -88,10 +88,13 @@ def write(path: Path, text: str) -> None:
         os.close(number)
 
 
-def append(path: Path, text: str) -> None:
-    """Adds `text` to a file, made when missing, and waits until it is on the disk.
+def append(path: Path, text: str, data: memoryview | None = None, *, wait: bool = True) -> None:
+    """Adds `text`, and `data` behind it, to a file, which is made when missing.
 
     What a failed call added is taken back, so the file never ends in half of it but by a death.
+
+    Args:
+        wait: until it is on the disk.
 
     Raises:
         OSError: the disk is full or fails, or `path` is a link.
@@ -99,11 +102,13 @@ def append(path: Path, text: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     number = os.open(path, flags, 0o666)
     try:
-        before, rest = os.fstat(number).st_size, memoryview(text.encode())
+        before = os.fstat(number).st_size
         try:
-            while rest:
-                rest = rest[os.write(number, rest) :]
-            os.fsync(number)
+            for rest in (memoryview(text.encode()), data):
+                while rest:
+                    rest = rest[os.write(number, rest) :]
+            if wait:
+                os.fsync(number)
         except OSError:
             os.ftruncate(number, before)
             raise

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from redpass import atomic
+from redpass import atomic, blocks
 from redpass.errors import DataError, OutputError, RedpassError, ResourceError, VerifyError
 from redpass.progress import Listener
 
@@ -32,7 +32,7 @@ MAX_BYTES = 1 << 30
 TRACED = "-traced"
 """What the traced program's file beside the journals ends in."""
 
-_OWN = re.compile(r"-[0-9a-f]{16}")
+_OWN = re.compile(rf"-[0-9a-f]{{16}}({blocks.SUFFIX})?")
 
 _KEPT_ERRORS: dict[str, type[RedpassError]] = {
     kind.__name__: kind for kind in (DataError, VerifyError)
@@ -55,12 +55,14 @@ class Journal:
         computed: how many were computed.
         note: what to tell the user about the state the file was found in, or "".
         is_warning: whether the user may have expected something else.
+        blocks: large values, kept as bytes beside the figures.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.found = self.recalled = self.computed = 0
         self.note, self.is_warning = "", False
+        self.blocks = blocks.Blocks()
         self._kept: dict[str, list[JSON]] = {}
         self._asked: dict[str, int] = defaultdict(int)
 
@@ -129,6 +131,7 @@ class Journal:
         """Removes a file that holds nothing worth coming back to."""
         if self.path is not None and not self.found and not self.computed:
             self.path.unlink(missing_ok=True)
+            self.blocks.remove()
 
     def _open(self, key: str, fresh: bool) -> None:
         assert self.path is not None
@@ -138,6 +141,7 @@ class Journal:
         resumes = records[:1] == [head] and not fresh
         self.note = _note(len(records) - 1, fresh=fresh, damaged=length < size)
         self.is_warning = not resumes or length < size
+        self.blocks = blocks.Blocks.beside(self.path, key, fresh=not resumes)
         if not resumes:
             self.path.unlink(missing_ok=True)
             _append(self.path, json.dumps(head))

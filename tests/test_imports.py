@@ -17,7 +17,17 @@ ROOT = Path(redpass.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "config", "record", "progress", "atomic", "manifest", "artifact", "journal"},
+    {
+        "errors",
+        "config",
+        "record",
+        "progress",
+        "atomic",
+        "manifest",
+        "artifact",
+        "journal",
+        "blocks",
+    },
     {"checks"},
     {
         "text",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from redpass.data import Batches
@@ -76,13 +78,20 @@ class Originals:
         """Returns the original's output on batch `number`."""
         if number in self._outputs:
             return self._outputs[number]
-        if self.quicker:
-            value = self.quicker(number)
-        else:
-            value = run_port(self.program, self.batches[number], self.port)
+        name = f"{self.port} of batch {self.batches[number : number + 1].digest()}"
+        value = _recalled(self.journal.blocks.find(name))
+        if value is None:
+            value = self._compute(number)
+            about = [str(value.dtype).removeprefix("torch."), list(value.shape)]
+            self.journal.blocks.keep(name, about, _bytes(value))
         if self.bytes + value.nbytes <= self.limit:
             self._outputs[number] = value
         return value
+
+    def _compute(self, number: int) -> Tensor:
+        if self.quicker:
+            return self.quicker(number)
+        return run_port(self.program, self.batches[number], self.port)
 
     @property
     def bytes(self) -> int:
@@ -112,6 +121,21 @@ class Originals:
     def __str__(self) -> str:
         held = f"{len(self._outputs)} of {len(self.batches)} batches"
         return f"outputs of {held} held in {self.bytes / 2**20:.1f} MiB"
+
+
+def _bytes(value: Tensor) -> memoryview:
+    flat: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _recalled(found: tuple[Any, bytearray] | None) -> Tensor | None:
+    """The tensor whose dtype, shape and bytes were kept; None when they make none."""
+    if found is None:
+        return None
+    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+        (dtype, shape), data = found
+        return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(shape)
+    return None
 
 
 def run_port(program: Program, batch: Any, port: str) -> Tensor:

@@ -81,7 +81,7 @@ class Language(nn.Module):
         weight = attention_mask.unsqueeze(-1).to(torch.float32)
         total = (self.embed(input_ids) * weight).cumsum(1)
         hidden = total / weight.cumsum(1).clamp_min(1)
-        return {"logits": self.head(hidden), "hidden": hidden}
+        return {"logits": self.head(hidden.to(self.head.weight.dtype)), "hidden": hidden}
 
 
 class Classes(nn.Module):

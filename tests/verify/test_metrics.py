@@ -4,15 +4,17 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, Language, traced
+from models import VOCABULARY, Language, text, traced
 from torch import Tensor, nn
 
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError, VerifyError
+from redpass.journal import Journal
 from redpass.program import Program
 from redpass.verify import logits
 from redpass.verify.estimate import Samples, exponential_mean, mean, tail
@@ -508,3 +510,32 @@ def test_the_first_batches_alone_share_what_was_computed(
     assert count.runs == 3
     assert len(few.batches) == 2
     assert originals.first(3) is originals
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_of_a_killed_run_are_read_back(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = text(Language(0).to(dtype))
+    data = Batches(tuple({"input_ids": torch.randint(0, 9, (2, 5))} for _ in range(3)))
+    first = Originals(program, data, journal=Journal.open(tmp_path / "j", "key"))
+    expected = [first.output(number) for number in range(2)]
+    count = Counting(program, monkeypatch)
+    again = Originals(program, data, journal=Journal.open(tmp_path / "j", "key"))
+    found = [again.output(number) for number in range(3)]
+    assert count.runs == 1
+    for was, now in zip(expected, found, strict=False):
+        assert now.dtype == was.dtype
+        assert torch.equal(now, was)
+
+
+def test_kept_bytes_that_make_no_tensor_are_computed_again(
+    language: Program, data: Batches, tmp_path: Path
+) -> None:
+    expected = Originals(language, data).output(0)
+    for about in (None, ["int3", [2]], ["float32", "x"], ["float32", [3, 5]], [[], []]):
+        kept = Journal.open(tmp_path / "j", "key")
+        originals = Originals(language, data, journal=kept)
+        name = f"{originals.port} of batch {data[0:1].digest()}"
+        kept.blocks.keep(name, about, memoryview(b"12345678"))
+        assert torch.equal(originals.output(0), expected)
