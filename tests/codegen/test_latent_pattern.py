@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from building import Builder
-from checking import check_numbers, plan_pass, run_pass
+from checking import check_numbers, drawn, plan_pass, run_pass
 from torch import fx
 
 from redpass.codegen.decompose import decompose
@@ -84,14 +84,7 @@ def attend(
 
 
 def values(program: Program) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"batch": 3, "seq": 2, "past": 9}
-    found = {}
-    for port in program.signature.inputs:
-        shape = [sizes[s] if isinstance(s, str) else s for s in port.shape]
-        drawn = torch.randn(shape, generator=generator)
-        found[port.name] = drawn > -0.5 if port.dtype is torch.bool else drawn
-    return found
+    return drawn(program, {"batch": 3, "seq": 2, "past": 9})
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": True}, {"scale": 0.25}], ids=str)

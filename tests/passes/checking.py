@@ -64,6 +64,17 @@ def run_pass(pass_: Pass, program: Program) -> Checked:
     return Checked(plan, after)
 
 
+def drawn(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random inputs of the named sizes; masks let most through."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for port in program.signature.inputs:
+        shape = [sizes[s] if isinstance(s, str) else s for s in port.shape]
+        value = torch.randn(shape, generator=generator)
+        found[port.name] = value > -0.5 if port.dtype is torch.bool else value
+    return found
+
+
 def run(program: Program, inputs: Inputs) -> tuple[Tensor, ...]:
     """Runs a program on inputs given by name or in order."""
     return program(**inputs) if isinstance(inputs, Mapping) else program(*inputs)
