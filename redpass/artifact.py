@@ -51,6 +51,7 @@ def check_target(path: Path, source: Path | None = None, *, force: bool = False)
         raise OutputError("the folder is not writable", file=parent, hint="choose another --out")
     if os.path.lexists(target) and not force:
         raise OutputError("exists already", file=target, hint="choose another --out, or --force")
+    _try_out(parent, target)
     return target
 
 
@@ -152,7 +153,8 @@ def _explain(error: Exception, final: Path) -> None:
     hint = "free some space or choose another --out; nothing was changed"
     if words:
         raise OutputError(words[0], file=file, hint=hint) from error
-    if number is not None and f".{final.name}." in str(getattr(error, "filename", "")):
+    place = str(getattr(error, "filename", ""))
+    if number is not None and (f".{final.name}." in place or Path(place) in final.parents):
         text = f"cannot be written: {os.strerror(number)}"
         raise OutputError(text, file=file, hint="choose another --out") from error
 
@@ -224,8 +226,10 @@ def _resolve(path: Path) -> Path:
                 raise OutputError("is a link to a place that is not there", file=part, hint=hint)
         return given.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+        number = getattr(error, "errno", None) or errno.ELOOP
+        why = "links form a loop" if number == errno.ELOOP else os.strerror(number)
         hint = "choose another path"
-        raise OutputError("cannot be resolved: links form a loop", file=path, hint=hint) from error
+        raise OutputError(f"cannot be resolved: {why}", file=path, hint=hint) from error
 
 
 def _nearest_folder(target: Path) -> Path:
@@ -238,10 +242,22 @@ def _nearest_folder(target: Path) -> Path:
     raise OutputError("has no parent folder", file=target, hint="choose another --out")
 
 
+def _try_out(parent: Path, target: Path) -> None:
+    """Makes a folder and removes it again: rights alone do not tell what a filesystem takes."""
+    first = [target, *target.parents][len(target.parents) - len(parent.parents) - 1]
+    folder = parent / f".{first.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir()
+        folder.rmdir()
+    except OSError as error:
+        why = _TROUBLE.get(error.errno or 0, f"cannot be written: {os.strerror(error.errno or 0)}")
+        raise OutputError(why, file=target, hint="choose another --out") from error
+
+
 def _drop_empty(folders: list[Path]) -> None:
     """Removes the folders that were made for a target that never came to be."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 

@@ -297,6 +297,31 @@ def test_folder_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyP
         artifact.check_target(tmp_path / "result")
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.EROFS, "the disk is read-only"), (errno.EPERM, "cannot be written: Operation not")],
+)
+def test_a_folder_that_takes_nothing_is_told_before_any_work(
+    code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, *_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    for target in (tmp_path / "result", tmp_path / "a" / "b" / "result"):
+        with pytest.raises(OutputError, match=f"result: {words}"):
+            artifact.check_target(target)
+
+
+def test_parents_that_cannot_be_made_are_told(tmp_path: Path) -> None:
+    long = tmp_path / "a" / ("x" * 300)
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        write_version(long / "result", "new")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match="cannot be resolved: File name too long"):
+        artifact.check_target(tmp_path / ("x" * 300))
+
+
 def test_name_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written: File name too long"):
         write_version(tmp_path / ("x" * 250), "new")
