@@ -176,7 +176,7 @@ def mount(folder: Path, *options: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", range(152, 300, 16))
+@pytest.mark.parametrize("kilobytes", range(152, 760, 64))
 def test_disk_that_fills_up(
     run: Run, model: Path, data: Path, tmp_path: Path, kilobytes: int
 ) -> None:
@@ -194,7 +194,9 @@ def test_disk_that_fills_up(
         passes = json.loads((out / "plan.json").read_text())["passes"]
         assert ("drop_branches" in str(passes)) == (found.code == 0)
         assert found.code == 0 or "the disk is full" in found.err
-        assert [path.name for path in disk.iterdir()] == ["out"]
+        left = {path.name for path in disk.iterdir()} - {"out"}
+        assert all(name.startswith(".out.journal-") for name in left)  # to go on from
+        assert found.code or not left
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
