@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from redpass.data import Batches
-from redpass.errors import DataError, PassError
+from redpass.errors import DataError, PassError, UsageError
 from redpass.fingerprint import fingerprint
 from redpass.journal import JSON, Journal
-from redpass.program import Program
+from redpass.program import Program, check_port
+from redpass.verify.inputs import complete
 
 T = TypeVar("T")
 Analysis = Callable[[Program, "Facts"], T]
@@ -61,9 +62,30 @@ class Facts:
         return self.journal.recall(name, compute, lambda: f"program {fingerprint(self.program)}")
 
     def data(self) -> Batches:
-        """Returns the calibration data. Raises `DataError` when there is none."""
+        """Returns the calibration data.
+
+        Raises:
+            DataError: there is none, or the program takes no such inputs.
+        """
         if self.calibration is None:
             raise DataError(
                 "this analysis measures activations and no data was given", hint="pass --data FILE"
             )
+        if _check_data not in self._results:
+            _check_data(self.program, self.calibration)
+            self._results[_check_data] = None
         return self.calibration
+
+
+def _check_data(program: Program, data: Batches) -> None:
+    """Refuses what a call of the program would: analyses run its nodes one by one."""
+    for batch in data:
+        inputs = complete(program, batch)
+        for port in program.signature.inputs:
+            try:
+                check_port(port, inputs[port.name])
+            except UsageError as error:
+                hint = "give rows of that dtype and those sizes"
+                raise DataError(
+                    error.found, file=data.source, place=error.place, hint=hint
+                ) from error

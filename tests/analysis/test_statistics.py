@@ -24,6 +24,7 @@ from redpass.analysis.statistics import Statistics, collect, footprint
 from redpass.analysis.tokens import Tokens, feature_axis
 from redpass.data import Batches
 from redpass.errors import DataError, UsageError
+from redpass.facts import Facts
 from redpass.program import Program, interpret
 from redpass.verify.inputs import complete
 
@@ -227,6 +228,19 @@ def test_sums_that_do_not_fit_are_refused_before_anything_runs(
 def test_unknown_value_is_named(program: Program, data: Batches) -> None:
     with pytest.raises(UsageError, match=r"add_99: an observer names a value"):
         collect(program, [Spread("add_99")], data)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4), (3, 5, 6, 6)])
+def test_facts_refuse_rows_that_the_program_does_not_take(
+    program: Program, data: Batches, shape: tuple[int, ...]
+) -> None:
+    rows = Batches((data[1], {"x": torch.randn(shape)}), "rows.npz")
+    facts = Facts(program, rows)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"rows\.npz: input 'x': found .*, expected x:") as told:
+            facts.data()
+        assert told.value.hint
+    assert Facts(program, data).data() is data
 
 
 def test_values_of_unequal_tokens_do_not_go_together(program: Program, data: Batches) -> None:
