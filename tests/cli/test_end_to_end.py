@@ -116,8 +116,8 @@ def test_a_resumed_run_traces_nothing_and_writes_the_same(
     monkeypatch.setattr(quality, "_measure", lambda *a: [stop(), measure(*a)][1])
     assert run(*words(model, data, out)).code == 143
     names = sorted(path.name.rpartition("-")[2] for path in tmp_path.iterdir())
-    assert len(names) == 2
-    assert names[1] == "traced"
+    assert len(names) == 3
+    assert names[1:] == ["blocks", "traced"]
     monkeypatch.setattr(quality, "_measure", measure)
     monkeypatch.setattr(frontend, "load", lambda *_, **__: pytest.fail("traced again"))
     found = run(*words(model, data, out), "--resume")
