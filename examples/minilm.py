@@ -12,14 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "minilm"
-REDUCE = ("--rows", "512", "--length", "48", "--reduce", "drop_branches,prune_channels")
+OPTIONS = ("--rows", "512", "--length", "48")
 sys.path.insert(0, str(ROOT))
 
 
 def main(
     out: Path = OUT,
     budget: str = "cosine>=0.9",
-    options: Sequence[str] = REDUCE,
+    options: Sequence[str] = OPTIONS,
 ) -> None:
     from testbed import minilm
 
