@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -49,5 +50,15 @@ def _type(node: fx.Node) -> str:
         return ""
     name = str(value.dtype).removeprefix("torch.")
     stem = name.rstrip("0123456789")
-    dims = ",".join(str(size).replace(" ", "") for size in value.shape)
+    dims = ",".join(_size(size) for size in value.shape)
     return f":{_SHORT.get(stem, stem)}{name[len(stem) :]}[{dims}]"
+
+
+def _size(size: int | torch.SymInt) -> str:
+    return _expression(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _expression(size: Any) -> str:
+    """A size as text: printing took most of the time that naming a program takes."""
+    return str(size).replace(" ", "")

@@ -49,12 +49,12 @@ class Prefix:
 
     def _use(self, base: Program) -> None:
         self.base = base
-        self._stream = frozenset(structure(base).stream)
+        self._stream: frozenset[str] | None = None
         self._inputs = [node.name for node in base.inputs]
 
     def move(self, base: Program) -> None:
         """Makes `base` what later programs are compared with; keeps what is still true of it."""
-        same = unchanged(self.base, base)
+        same = unchanged(self.base, base) if any(self._kept) else frozenset[str]()
         for number, kept in enumerate(self._kept):
             self._kept[number] = {name: value for name, value in kept.items() if name in same}
         self.bytes = sum(_bytes(value) for kept in self._kept for value in kept.values())
@@ -90,6 +90,8 @@ class Prefix:
         start = {**self._input_values(number), **kept}
         part = Part(self.base, missing, start.keys())
         self.executed += part.calls
+        if self._stream is None:  # not before: a resumed run moves over many bases and runs none
+            self._stream = frozenset(structure(self.base).stream)
         found = part.run(start, keep=self._stream)
         self._keep(kept, found)
         return {**kept, **found}
