@@ -127,7 +127,7 @@ class Statistics:
 def footprint(program: Program, observers: Iterable[Observer]) -> int:
     """Returns how many bytes the sums of these observers take, without running anything."""
     tokens = Tokens(program)
-    return sum(8 * math.prod(_shape(o, tokens)) for o in dict.fromkeys(observers))
+    return sum(8 * math.prod(shape_of(o, tokens)) for o in dict.fromkeys(observers))
 
 
 def room() -> int:
@@ -197,7 +197,8 @@ def collect(
     return run.result(data.source)
 
 
-def _shape(observer: Observer, tokens: Tokens) -> tuple[int, ...]:
+def shape_of(observer: Observer, tokens: Tokens) -> tuple[int, ...]:
+    """Returns the shape of an observer's sum, without running anything."""
     return observer.shape({name: tokens.width(name) for name in observer.values})
 
 
@@ -213,7 +214,7 @@ class _Run:
         self.totals: dict[Observer, Tensor] = {}
         self.tokens = dict.fromkeys(self.observers, 0)
         for observer in self.observers:
-            shape = _shape(observer, self.rows)
+            shape = shape_of(observer, self.rows)
             self.totals[observer] = torch.zeros(shape, dtype=torch.float64)
             for name in dict.fromkeys(observer.values):
                 self.readers.setdefault(name, []).append(observer)

@@ -119,7 +119,8 @@ class PruneChannels:
         for label, width, looks, rows in expert_views(program, stacks, facts.data()):
             for all_ in expert_rungs(width, looks, rows, counts[label], refit=self.refit):
                 yield self._action(label, all_, facts)
-        for label, width, seen in views(program, facts.get(structure), places, facts.data()):
+        data, blocks = facts.data(), facts.journal.blocks
+        for label, width, seen in views(program, facts.get(structure), places, data, blocks):
             order = removal_order(width, seen, min(counts[label]), refit=self.refit)
             for rung in rungs(width, seen, order, counts[label], refit=self.refit):
                 yield self._action(label, rung, facts, seen[0].whole.tokens)

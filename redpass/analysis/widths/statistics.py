@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from redpass.analysis.kept_sums import recalled
 from redpass.analysis.observers import CrossGram, Observer, Spread
 from redpass.analysis.ridge import is_held_back
-from redpass.analysis.statistics import LIMIT, Statistics, collect, footprint, room
+from redpass.analysis.statistics import LIMIT, Statistics, footprint, room
 from redpass.analysis.structure import Structure
 from redpass.analysis.tokens import Tokens
 from redpass.analysis.widths.narrowing import Reader, Width
+from redpass.blocks import Blocks
 from redpass.data import Batches
 from redpass.program import Program
 
@@ -57,12 +59,17 @@ class View:
 
 
 def views(
-    program: Program, found: Structure, places: Sequence[tuple[str, Width]], data: Batches
+    program: Program,
+    found: Structure,
+    places: Sequence[tuple[str, Width]],
+    data: Batches,
+    blocks: Blocks,
 ) -> Iterator[tuple[str, Width, tuple[View, ...]]]:
     """Yields each width with what its readers see, in order.
 
     Args:
         places: label and width.
+        blocks: keeps the sums for a run that is resumed.
 
     Raises:
         DataError: values that are NaN or infinite (the label is named).
@@ -73,7 +80,7 @@ def views(
         labels = {r.input: label for label, width in group for r in width.readers}
         observers = [o for _, width in group for o in _observers(width, totals)]
         sums = [
-            None if part is None else collect(program, observers, part, labels=labels)
+            None if part is None else recalled(program, observers, part, blocks, labels=labels)
             for part in fitted_and_held(data)
         ]
         for label, width in group:
