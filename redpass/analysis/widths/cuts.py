@@ -180,8 +180,8 @@ def _usable_places(view: View) -> Tensor:
 
 
 def _usable(view: View, sums: Sums) -> Tensor:
-    places = _usable_places(view)
-    return sums.gram[places][:, places] / max(sums.tokens, 1)
+    count = len(_usable_places(view))
+    return sums.gram[:count, :count] / max(sums.tokens, 1)
 
 
 def _mean_square(gram: Tensor, view: View) -> float:
