@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
@@ -23,23 +24,36 @@ Quality = dict[str, QualityRecord]
 
 def measure(
     budget: Budget,
-    program: Program,
+    program: Program | Callable[[], Program],
     originals: Originals,
     split: str,
-    outputs: Outputs | None = None,
+    outputs: Callable[[Program, int], Tensor] | None = None,
+    *,
+    mark: str = "",
 ) -> Quality:
     """Measures every limit's metric on the data of `originals`, or recalls what was measured.
 
     Args:
-        outputs: gives the program's output on a batch; None runs the program.
+        program: what is measured, or what makes it.
+        outputs: gives a program's output on a batch; None runs the program.
+        mark: the program's fingerprint where it is known; the program is then made only when it
+            has to be measured.
     """
     name = f"quality, {split}, {len(originals.batches)} batches"
 
+    def made() -> Program:
+        return program if isinstance(program, Program) else program()
+
     def compute() -> dict[str, object]:
-        found = _measure(budget, program, originals, split, outputs)
+        judged = made()
+        own = partial(outputs, judged) if outputs else None
+        found = _measure(budget, judged, originals, split, own)
         return {metric: asdict(record) for metric, record in found.items()}
 
-    kept = originals.journal.recall(name, compute, lambda: f"program {fingerprint(program)}")
+    def of() -> str:
+        return f"program {mark or fingerprint(made())}"
+
+    kept = originals.journal.recall(name, compute, of)
     return {metric: from_json(QualityRecord, record) for metric, record in kept.items()}
 
 
@@ -112,15 +126,12 @@ class Judge:
         for known in {self.originals, self.few}:
             known.quicker = lambda number: self.prefix.output(originals.program, number)
 
-    def measure(self, program: Program, *, quick: bool = False) -> Quality:
-        """Measures `program` on all batches, or on the few."""
-        return measure(
-            self.budget,
-            program,
-            self.few if quick else self.originals,
-            self.split,
-            lambda number: self.prefix.output(program, number),
-        )
+    def measure(
+        self, program: Program | Callable[[], Program], *, quick: bool = False, mark: str = ""
+    ) -> Quality:
+        """Measures a program on all batches, or on the few; arguments as of `measure`."""
+        originals = self.few if quick else self.originals
+        return measure(self.budget, program, originals, self.split, self.prefix.output, mark=mark)
 
     def move(self, base: Program) -> None:
         """Makes `base` what later programs are compared with."""

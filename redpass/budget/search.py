@@ -198,14 +198,14 @@ class Search:
 
     def _decide(self, candidate: Candidate) -> tuple[str, str]:
         """Measures a candidate on the choosing data; accepts it if the limits hold."""
-        assert candidate.program is not None
+        program = self.trials.program(candidate)
         try:
-            first = self.judge.measure(candidate.program, quick=True)
+            first = self.judge.measure(program, quick=True)
             hopeless = worst_case(first, self.budget, -HOPELESS)
             if hopeless:
                 return "refused", f"on the first batches: {hopeless}"
             is_all = self.judge.few is self.judge.originals
-            quality = first if is_all else self.judge.measure(candidate.program)
+            quality = first if is_all else self.judge.measure(program)
         except RedpassError as error:
             return "rolled back", str(error)
         miss = worst_case(quality, self.budget, CONFIDENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 from redpass.budget.accounting import cost_record
@@ -62,18 +63,54 @@ class Trials:
         Returns:
             False when it is out for good; `out` says why.
         """
-        program = self.make(candidate)
-        if program is None:
+        mark = self._try(candidate)
+        if mark is None:
             return False
         try:
-            quality = self.judge.measure(program, quick=quick)
+            quality = self.judge.measure(lambda: self.program(candidate), quick=quick, mark=mark)
         except RedpassError as error:
             return self._leave_out(candidate, "rolled back", str(error))
         candidate.loss = worse_by(quality[self.metric]) - self.loss
         candidate.quality = quality
         if not quick:
-            candidate.step, candidate.program = self.step, program
+            candidate.step = self.step
         return True
+
+    def _try(self, candidate: Candidate) -> str | None:
+        """Fills in the saving; returns the program's fingerprint, None when there is no program.
+
+        A resumed run is told both by its journal: making a program takes longer than reading them.
+        """
+        candidate.program, journal = None, self.engine.journal
+
+        def compute() -> list[object] | None:
+            candidate.program = self.make(candidate)
+            if candidate.program is None:
+                return None
+            return [fingerprint(candidate.program) if journal.path else "", candidate.worth]
+
+        found = journal.recall(
+            f"trial of {candidate.action.key}", compute, lambda: self._on(candidate)
+        )
+        if found is None:
+            if candidate not in self.out:  # another run found that out: why, this one does not know
+                self.make(candidate)
+            return None
+        mark, candidate.worth = found
+        return str(mark)
+
+    def _on(self, candidate: Candidate) -> str:
+        """What a trial is of, beside the action's name: what it predicts and what it comes on."""
+        beside = [other.action.key for other in self._beside(candidate)]
+        work = f"{candidate.action.loss!r} {candidate.action.saving} {beside}"
+        base = fingerprint(self.engine.program)
+        return f"{hashlib.sha256(work.encode()).hexdigest()[:16]} on {base}"
+
+    def program(self, candidate: Candidate) -> Program:
+        """Returns the program with a candidate that was tried at this step, made when it is not."""
+        candidate.program = candidate.program or self.make(candidate)
+        assert candidate.program is not None
+        return candidate.program
 
     def make(self, candidate: Candidate) -> Program | None:
         """Returns the program with the candidate; None when it is out. Measures its saving only."""
@@ -119,11 +156,11 @@ class Trials:
 
     def accept(self, candidate: Candidate) -> list[Candidate]:
         """Takes a candidate that was tried at this step; returns the rivals that give way to it."""
-        assert candidate.program is not None
         assert candidate.step == self.step
+        program = self.program(candidate)
         self.loss += candidate.loss
         rivals = [other for other in self.accepted if other.place == candidate.place]
-        self.take([*self._beside(candidate), candidate], candidate.program)
+        self.take([*self._beside(candidate), candidate], program)
         self.judge.move(self.current)
         return rivals
 
