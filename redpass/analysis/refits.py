@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,13 @@ from redpass import rewrite
 from redpass.analysis.compared import Compared
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
-from redpass.analysis.ridge import Sums, best_fit, is_held_back
+from redpass.analysis.ridge import RidgeFit, Sums, best_fit, is_held_back
 from redpass.analysis.structure import Branch, structure
 from redpass.analysis.tokens import Tokens
+from redpass.blocks import Blocks
 from redpass.data import Batches
 from redpass.facts import Facts
+from redpass.fingerprint import fingerprint
 from redpass.partial import unchanged
 from redpass.plan import Action, Edit, SetWeight
 from redpass.program import Program
@@ -85,7 +88,7 @@ def refits(program: Program, facts: Facts) -> Refits:
         return Refits(reason="no branch was dropped or cut, so there is nothing to repair")
     original, data = program.lineage.source, facts.data()
     skips: dict[str, str] = {}
-    fit, found = _Fit(program, original, data), list[Refit]()
+    fit, found = _Fit(program, original, data, facts.journal.blocks), list[Refit]()
     places = list(_places(program, original, facts, skips))
     for place in places:
         refit = fit.at(place)
@@ -175,11 +178,41 @@ def _projection(program: Program, branch: Branch, known: Mapping[str, Linear]) -
 
 
 class _Fit:
-    def __init__(self, program: Program, original: Program, data: Batches) -> None:
-        self.compared = Compared(program, original, data)
+    def __init__(self, program: Program, original: Program, data: Batches, blocks: Blocks) -> None:
+        self.compared, self.blocks = Compared(program, original, data), blocks
+        self.digest = data.digest()
 
     def at(self, place: _Place) -> Refit | None:
         """Fits one projection; the next ones see the model with it."""
+        found = self._recalled(place)
+        if not found.gains:
+            return None
+        program = self.compared.program
+        edits = _edits(program, place.linear, found.change)
+        self.compared.move(rewrite.apply(program, [Action("refit", "here", edits, "")]))
+        label = place.branch.label
+        return Refit(label, place.linear, edits, found.strength, found.before, found.after)
+
+    def _recalled(self, place: _Place) -> RidgeFit:
+        """The fit that a killed run kept, or a new one."""
+        if self.blocks.path is None:
+            return self._measured(place)
+        program, linear = self.compared.program, place.linear
+        where = f"{linear.node} towards {place.target} over {self.digest}"
+        name = f"fit of {where}: {fingerprint(program)}"
+        kept = self.blocks.find(name)
+        shape = (linear.ins + (linear.bias is not None), linear.outs)
+        if kept is not None and len(kept[1]) == 8 * shape[0] * shape[1]:
+            (strength, before, after), data = kept
+            change = torch.frombuffer(data, dtype=torch.float64).reshape(shape)
+            return RidgeFit(change, strength, before, after)
+        found = self._measured(place)
+        flat: Any = found.change.contiguous().reshape(-1).numpy()
+        about = [found.strength, found.before, found.after]
+        self.blocks.keep(name, about, memoryview(flat).cast("B"))
+        return found
+
+    def _measured(self, place: _Place) -> RidgeFit:
         linear, has_bias = place.linear, place.linear.bias is not None
         sums = [Sums(linear.ins + has_bias, linear.outs) for _ in range(2)]
         names, label = (linear.input, place.stream), place.branch.label
@@ -189,13 +222,7 @@ class _Fit:
                 features = torch.nn.functional.pad(features, (0, 1), value=1.0)
             size = float(target.square().sum())
             sums[is_held_back(number)].add(features, target - stream, size)
-        found = best_fit(sums, has_bias=has_bias)
-        if not found.gains:
-            return None
-        program = self.compared.program
-        edits = _edits(program, linear, found.change)
-        self.compared.move(rewrite.apply(program, [Action("refit", "here", edits, "")]))
-        return Refit(label, linear, edits, found.strength, found.before, found.after)
+        return best_fit(sums, has_bias=has_bias)
 
 
 def _edits(program: Program, linear: Linear, change: Tensor) -> tuple[Edit, ...]:

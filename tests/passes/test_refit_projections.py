@@ -10,9 +10,11 @@ from test_depth_passes import STILL, tower
 
 import redpass
 from redpass import rewrite
+from redpass.analysis import refits
 from redpass.data import Batches, Splits
 from redpass.errors import DataError
 from redpass.facts import Facts
+from redpass.journal import Journal
 from redpass.lineage import extend
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.refit_projections import RefitProjections
@@ -89,6 +91,36 @@ def test_nothing_dropped_is_nothing_to_repair():
 def test_one_batch_cannot_be_held_back():
     with pytest.raises(DataError, match="two calibration batches"):
         refitted(without(tower(), 0), rows(0, count=1))
+
+
+def test_a_killed_run_goes_on_behind_the_last_fit_it_kept(tmp_path, monkeypatch):
+    dropped, data = without(tower(4), 2), rows(0)
+
+    def run(most: int):
+        """Fits with a journal, and dies after so many fits."""
+        done = []
+
+        def counted(*given, **named):
+            if len(done) == most:
+                raise KeyboardInterrupt
+            done.append(1)
+            return best_fit(*given, **named)
+
+        monkeypatch.setattr(refits, "best_fit", counted)
+        facts = Facts(dropped, data, Journal.open(tmp_path / "j", "work"))
+        return rewrite.apply(dropped, RefitProjections().plan(dropped, facts).actions), len(done)
+
+    best_fit = refits.best_fit
+    expected = rewrite.apply(
+        dropped, RefitProjections().plan(dropped, Facts(dropped, data)).actions
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
+    found, fits = run(99)
+    assert fits == 1, "two are fitted, one was kept"
+    assert run(0)[1] == 0
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(w, expected.weights[name]) for name, w in found.weights.items())
 
 
 def test_values_that_are_not_finite_are_named():
