@@ -1,8 +1,9 @@
 """Large values that a long run computed, as bytes beside its journal.
 
 One file that is added to: a line of JSON (digest of the value's name, what the caller says about
-it, length, SHA-256), then the bytes. A value is used when it is whole. None of them is needed: what
-is damaged, too large or cannot be written is computed again, so nothing here waits for the disk.
+it, length, SHA-256 of all three), then the bytes. A value is used when it is whole. None of them is
+needed: what is damaged, too large or cannot be written is computed again, so nothing here waits for
+the disk.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Blocks:
             file.seek(place.start)
             data = bytearray(place.length)
             whole = file.readinto(data) == place.length
-            if whole and hashlib.sha256(data).hexdigest() == place.sha256:
+            if whole and _total(self._digest(name), place.about, data) == place.sha256:
                 return place.about, data
         return None
 
@@ -76,8 +77,9 @@ class Blocks:
         """Keeps the bytes `data` under `name`, if the disk has room; `about` is plain and short."""
         if self.path is None or not self._has_room(data.nbytes):
             return
-        total = hashlib.sha256(data).hexdigest()
-        head = {"name": self._digest(name), "about": about, "bytes": data.nbytes, "sha256": total}
+        digest = self._digest(name)
+        total = _total(digest, about, data)
+        head = {"name": digest, "about": about, "bytes": data.nbytes, "sha256": total}
         line = json.dumps(head) + "\n"
         try:
             atomic.append(self.path, line, data, wait=False)
@@ -86,7 +88,7 @@ class Blocks:
             self.path = None
             return
         start = self._end + len(line)
-        self._places[head["name"]] = _Place(start, data.nbytes, total, about)
+        self._places[digest] = _Place(start, data.nbytes, total, about)
         self._end = start + data.nbytes
 
     def remove(self) -> None:
@@ -130,6 +132,13 @@ class Blocks:
                 return
             self._places[name] = place
             self._end = file.seek(place.start + place.length)
+
+
+def _total(digest: str, about: JSON, data: memoryview | bytearray) -> str:
+    """SHA-256 over a value's name, what is said about it, and its bytes."""
+    total = hashlib.sha256(f"{digest}\n{json.dumps(about)}\n".encode())
+    total.update(data)
+    return total.hexdigest()
 
 
 def _parse(line: bytes, start: int) -> tuple[str, _Place]:

@@ -69,7 +69,7 @@ def test_a_damaged_file_gives_the_value_that_was_kept_or_none(path: Path) -> Non
         for name, value in VALUES.items():
             kept = found.find(name)
             missing += kept is None
-            assert kept is None or kept[1] == value
+            assert kept is None or kept == (["uint8", len(value)], value)
         found.keep("d", None, memoryview(b"more"))
         assert Blocks(path, "work", fresh=False).find("d") == (None, bytearray(b"more"))
     assert missing > 100
@@ -133,3 +133,12 @@ def test_a_journal_without_figures_leaves_none(path: Path) -> None:
     opened.blocks.keep("a", None, memoryview(b"x"))
     opened.remove_if_empty()
     assert list(path.parent.iterdir()) == []
+
+
+def test_what_is_said_about_a_value_is_as_safe_as_its_bytes(path: Path) -> None:
+    filled(path)
+    whole = path.read_bytes()
+    said = f'"about": ["uint8", {len(VALUES["c"])}]'.encode()
+    assert whole.count(said) == 1
+    path.write_bytes(whole.replace(said, said.replace(b"uint8", b"uint9")))
+    assert Blocks(path, "work", fresh=False).find("c") is None
