@@ -32,6 +32,7 @@ LAYERS = (
     {
         "text",
         "half_precision",
+        "kept_tensors",
         "signature",
         "program",
         "ops",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from redpass import kept_tensors
 from redpass.analysis.observers import Observer
 from redpass.analysis.statistics import PORTION, Statistics, collect, footprint, shape_of
 from redpass.analysis.tokens import Tokens
@@ -36,29 +37,30 @@ def recalled(
     if blocks.path is None or footprint(program, wanted) > PORTION:
         return collect(program, wanted, data, labels=labels)
     name = f"sums of {fingerprint(program)} over {data.digest()}: {wanted}"
-    found = _from_bytes(program, wanted, blocks.find(name))
+    kept = kept_tensors.find(blocks, name)
+    found = _taken_apart(program, wanted, kept[0]) if kept else None
     if found is None:
         found = collect(program, wanted, data, labels=labels)
-        blocks.keep(name, None, _as_bytes(wanted, found))
+        kept_tensors.keep(blocks, name, _as_one(wanted, found))
     return found
 
 
-def _as_bytes(observers: Sequence[Observer], found: Statistics) -> memoryview:
+def _as_one(observers: Sequence[Observer], found: Statistics) -> Tensor:
     """All token counts, then all sums, as float64."""
     counts = torch.tensor([found.tokens[o] for o in observers], dtype=torch.float64)
-    flat: Any = torch.cat([counts, *(found.totals[o].reshape(-1) for o in observers)]).numpy()
-    return memoryview(flat).cast("B")
+    return torch.cat([counts, *(found.totals[o].reshape(-1) for o in observers)])
 
 
-def _from_bytes(
-    program: Program, observers: Sequence[Observer], kept: tuple[Any, bytearray] | None
+def _taken_apart(
+    program: Program, observers: Sequence[Observer], kept: Tensor
 ) -> Statistics | None:
+    """The sums that `_as_one` put together; None when it is another tensor."""
     tokens = Tokens(program)
     shapes = [shape_of(observer, tokens) for observer in observers]
     sizes = [len(observers), *map(math.prod, shapes)]
-    if kept is None or len(kept[1]) != 8 * sum(sizes):
+    if kept.dtype != torch.float64 or kept.shape != (sum(sizes),):
         return None
-    counts, *parts = torch.frombuffer(kept[1], dtype=torch.float64).split(sizes)
+    counts, *parts = kept.split(sizes)
     totals = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     seen = map(int, counts.tolist())
     return Statistics(

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from redpass import rewrite
+from redpass import kept_tensors, rewrite
 from redpass.analysis.compared import Compared
 from redpass.analysis.flow import Flow
 from redpass.analysis.linears import Linear, linears, new_name
@@ -200,16 +199,11 @@ class _Fit:
         program, linear = self.compared.program, place.linear
         where = f"{linear.node} towards {place.target} over {self.digest}"
         name = f"fit of {where}: {fingerprint(program)}"
-        kept = self.blocks.find(name)
-        shape = (linear.ins + (linear.bias is not None), linear.outs)
-        if kept is not None and len(kept[1]) == 8 * shape[0] * shape[1]:
-            (strength, before, after), data = kept
-            change = torch.frombuffer(data, dtype=torch.float64).reshape(shape)
-            return RidgeFit(change, strength, before, after)
+        if kept := kept_tensors.find(self.blocks, name):
+            return RidgeFit(kept[0], *kept[1])
         found = self._measured(place)
-        flat: Any = found.change.contiguous().reshape(-1).numpy()
         about = [found.strength, found.before, found.after]
-        self.blocks.keep(name, about, memoryview(flat).cast("B"))
+        kept_tensors.keep(self.blocks, name, found.change, about)
         return found
 
     def _measured(self, place: _Place) -> RidgeFit:

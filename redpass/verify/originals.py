@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from redpass import kept_tensors
 from redpass.data import Batches
 from redpass.errors import DataError, nearest
 from redpass.journal import Journal
@@ -78,14 +77,21 @@ class Originals:
         """Returns the original's output on batch `number`."""
         if number in self._outputs:
             return self._outputs[number]
-        name = f"{self.port} of batch {self.batches[number : number + 1].digest()}"
-        value = _recalled(self.journal.blocks.find(name))
-        if value is None:
-            value = self._compute(number)
-            about = [str(value.dtype).removeprefix("torch."), list(value.shape)]
-            self.journal.blocks.keep(name, about, _bytes(value))
+        value = self._recalled(number)
         if self.bytes + value.nbytes <= self.limit:
             self._outputs[number] = value
+        return value
+
+    def _recalled(self, number: int) -> Tensor:
+        """The output that a killed run kept, or a new one."""
+        blocks = self.journal.blocks
+        if blocks.path is None:
+            return self._compute(number)
+        name = f"{self.port} of batch {self.batches[number : number + 1].digest()}"
+        if kept := kept_tensors.find(blocks, name):
+            return kept[0]
+        value = self._compute(number)
+        kept_tensors.keep(blocks, name, value)
         return value
 
     def _compute(self, number: int) -> Tensor:
@@ -121,21 +127,6 @@ class Originals:
     def __str__(self) -> str:
         held = f"{len(self._outputs)} of {len(self.batches)} batches"
         return f"outputs of {held} held in {self.bytes / 2**20:.1f} MiB"
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def _recalled(found: tuple[Any, bytearray] | None) -> Tensor | None:
-    """The tensor whose dtype, shape and bytes were kept; None when they make none."""
-    if found is None:
-        return None
-    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-        (dtype, shape), data = found
-        return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(shape)
-    return None
 
 
 def run_port(program: Program, batch: Any, port: str) -> Tensor:
