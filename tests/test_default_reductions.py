@@ -10,36 +10,13 @@ import redpass
 from redpass.config import Settings
 from redpass.errors import ExportError
 from redpass.plan import Exactness
+from tests.conftest import Residual
 
 BUDGET = "relative_error<=0.05"
 FAMILIES = {"drop_branches", "prune_channels"}
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Stack(nn.Module):
-    def __init__(self, width: int = 16, depth: int = 4) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, width), nn.Linear(width, 8)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x)
-
-
-def wasteful() -> Stack:
+def wasteful() -> Residual:
     """A network whose second branch does next to nothing and whose others have spare channels.
 
     Three in four of their channels, at random places, are the rest over again up to a little noise,
@@ -47,7 +24,7 @@ def wasteful() -> Stack:
     """
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(3)
-    module = Stack().eval()
+    module = Residual().eval()
     with torch.no_grad():
         for block in module.blocks:
             up, down = block.up, block.down

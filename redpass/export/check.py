@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from redpass.errors import ExportError
+from redpass.half_precision import HALVES
 from redpass.program import Program
 from redpass.verify.inputs import check_inputs
 from redpass.verify.numbers import compare_outputs
@@ -93,6 +93,5 @@ def _ordered(program: Program, found: Mapping[str, Tensor], path: Path) -> dict[
         if port.name not in found:
             raise ExportError("an output is missing", file=path, place=port.name)
         value = found[port.name]
-        half = port.dtype in (torch.float16, torch.bfloat16)
-        result[port.name] = value.to(port.dtype) if half else value
+        result[port.name] = value.to(port.dtype) if port.dtype in HALVES else value
     return result

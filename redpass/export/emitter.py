@@ -17,7 +17,8 @@ from onnx_ir import tensor_adapters
 from torch import Tensor, fx
 
 from redpass import ops
-from redpass.export.sizes import HALVES, Shape, Size, UntranslatedError, shape_of, size_of, type_of
+from redpass.export.sizes import Shape, Size, UntranslatedError, shape_of, size_of, type_of
+from redpass.half_precision import HALVES
 from redpass.program import Program
 
 MICROSOFT = "com.microsoft"

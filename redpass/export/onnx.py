@@ -11,9 +11,10 @@ from redpass.codegen.decompose import decompose
 from redpass.errors import ExportError
 from redpass.export.check import Report, check_outputs, whole_or_gone
 from redpass.export.generic import translate_generic
-from redpass.export.sizes import HALVES, UntranslatedError
+from redpass.export.sizes import UntranslatedError
 from redpass.export.tidy import tidy
 from redpass.export.translate import translate
+from redpass.half_precision import HALVES
 from redpass.program import Program
 from redpass.runtime.onnx import OnnxModel
 

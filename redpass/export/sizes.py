@@ -31,8 +31,6 @@ TYPES: dict[torch.dtype, ir.DataType] = {
 }
 """ONNX Runtime has almost no half-precision kernels on the CPU, so halves become float32."""
 
-HALVES = (torch.float16, torch.bfloat16)
-
 
 class UntranslatedError(Exception):
     """An op, or a use of an op, that has no translation here. Never leaves `redpass.export`."""
