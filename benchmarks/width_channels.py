@@ -29,10 +29,11 @@ from benchmarks.leaderboard import Bench, judged
 from benchmarks.studies import Record, run
 from redpass import rewrite
 from redpass.analysis.structure import structure
-from redpass.analysis.widths.cuts import energy_scores, removal_order, rungs
+from redpass.analysis.widths.cuts import energy_scores, removal_order, ridge_strengths, rungs
 from redpass.analysis.widths.narrowing import Width, narrow
 from redpass.analysis.widths.places import channel_places
 from redpass.analysis.widths.statistics import View, views
+from redpass.blocks import Blocks
 from redpass.data import Batches
 from redpass.facts import Facts
 from redpass.lineage import extend
@@ -66,11 +67,13 @@ def cut_programs(
     actions: dict[tuple[str, float], list[Action]] = {}
     losses: dict[tuple[str, float], float] = {}
     generator = torch.Generator().manual_seed(seed)
-    for label, width, seen in views(bench.program, facts.get(structure), places, data):
+    for label, width, seen in views(bench.program, facts.get(structure), places, data, Blocks()):
         ranked = orders(width, seen, bench.program, generator)
         counts = [round(width.size * share / 8) * 8 for share in SHARES]
         for method, (order, refit) in METHODS.items():
-            made = rungs(width, seen, ranked[order], counts, refit=refit)
+            chosen = ranked[order]
+            strengths = ridge_strengths(width, seen, chosen, min(counts)) if refit else {}
+            made = rungs(width, seen, chosen, counts, strengths)
             for share, rung in zip(SHARES, made, strict=True):
                 edits = tuple(narrow(found.table, width, rung.keep, rung.repairs, bench.program))
                 actions.setdefault((method, share), []).append(Action("cut", label, edits, ""))

@@ -30,7 +30,10 @@ class Candidate:
         loss: by how much the quality got worse, against the program it was last tried on.
         worth: share of the cost it saved there, 0 to 1.
         step: how many candidates were accepted when it was last tried, -1 when never.
-        program: the program with it, while `step` is the current one.
+        mark: fingerprint of the program with it, while `step` is the current one; "" when a run is
+            not kept.
+        cost: what that program costs.
+        program: the program, when it was made.
     """
 
     pass_: Pass
@@ -38,6 +41,8 @@ class Candidate:
     loss: float = math.inf
     worth: float = 1.0
     step: int = -1
+    mark: str = field(default="", repr=False)
+    cost: CostRecord | None = field(default=None, repr=False)
     program: Program | None = field(default=None, repr=False)
     quality: Quality = field(default_factory=dict, repr=False)
 

@@ -123,16 +123,23 @@ class Judge:
         self.budget, self.originals, self.split = budget, originals, split
         self.few = few or originals
         self.prefix = Prefix(base, originals.batches, originals.port)
+        self._next: Callable[[], Program] | None = None
         for known in {self.originals, self.few}:
-            known.quicker = lambda number: self.prefix.output(originals.program, number)
+            known.quicker = lambda number: self._output(originals.program, number)
 
     def measure(
         self, program: Program | Callable[[], Program], *, quick: bool = False, mark: str = ""
     ) -> Quality:
         """Measures a program on all batches, or on the few; arguments as of `measure`."""
         originals = self.few if quick else self.originals
-        return measure(self.budget, program, originals, self.split, self.prefix.output, mark=mark)
+        return measure(self.budget, program, originals, self.split, self._output, mark=mark)
 
-    def move(self, base: Program) -> None:
-        """Makes `base` what later programs are compared with."""
-        self.prefix.move(base)
+    def move(self, base: Callable[[], Program]) -> None:
+        """Makes `base()` what later programs are compared with, asked when one is run."""
+        self._next = base
+
+    def _output(self, program: Program, number: int) -> Tensor:
+        if self._next:
+            self.prefix.move(self._next())
+            self._next = None
+        return self.prefix.output(program, number)

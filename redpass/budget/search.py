@@ -198,14 +198,13 @@ class Search:
 
     def _decide(self, candidate: Candidate) -> tuple[str, str]:
         """Measures a candidate on the choosing data; accepts it if the limits hold."""
-        program = self.trials.program(candidate)
         try:
-            first = self.judge.measure(program, quick=True)
+            first = self.trials.measure(candidate, self.judge, quick=True)
             hopeless = worst_case(first, self.budget, -HOPELESS)
             if hopeless:
                 return "refused", f"on the first batches: {hopeless}"
             is_all = self.judge.few is self.judge.originals
-            quality = first if is_all else self.judge.measure(program)
+            quality = first if is_all else self.trials.measure(candidate, self.judge)
         except RedpassError as error:
             return "rolled back", str(error)
         miss = worst_case(quality, self.budget, CONFIDENCE)
@@ -217,7 +216,7 @@ class Search:
     def _accept(self, candidate: Candidate, quality: Quality) -> None:
         for old in self.trials.accept(candidate):
             self.engine.withdraw(old.pass_, old.action, RIVAL)
-        self.judge.move(self.trials.current)
+        self.judge.move(lambda: self.trials.current)
         record = quality[self.trials.metric]
         self.path.add(self.before, self.trials.cost, record, candidate.action.key)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from redpass.budget.accounting import cost_record
 from redpass.budget.candidates import Candidate, relative_saving
-from redpass.budget.quality import Judge, worse_by
+from redpass.budget.quality import Judge, Quality, worse_by
 from redpass.engine import Engine
 from redpass.errors import RedpassError
 from redpass.fingerprint import fingerprint
 from redpass.plan import Narrow
 from redpass.program import Program
-from redpass.record import CostRecord
+from redpass.record import CostRecord, from_json
 
 
 class Trials:
@@ -28,7 +29,7 @@ class Trials:
         is_allowed: whether a program may cost as little as that.
 
     Attributes:
-        current: the program with what was accepted.
+        cost: what the program with what was accepted costs.
         out: candidates that are out for good -> outcome and why.
         held: those of them that only do not go together with an accepted one.
         step: how many times something was accepted.
@@ -46,12 +47,25 @@ class Trials:
         self.is_allowed = is_allowed
         self.metric = judge.budget.limits[0].metric
         self.accepted: list[Candidate] = []
-        self.current = engine.program
-        self.cost = cost_record(self.current, sizes)
+        self._current: Program | None = engine.program
+        self.cost = cost_record(engine.program, sizes)
         self.loss = 0.0
         self.out: dict[Candidate, tuple[str, str]] = {}
         self.held: list[Candidate] = []
         self.step = 0
+
+    @property
+    def current(self) -> Program:
+        """The program with what was accepted, made when it is asked for.
+
+        A run that goes on where it was killed accepts again what it had accepted; it makes the last
+        one only.
+        """
+        if self._current is None:
+            program, fault = self.together(self.accepted)
+            assert program is not None, fault
+            self._current = program
+        return self._current
 
     def attempt(self, candidate: Candidate, *, quick: bool = False) -> bool:
         """Tries a candidate on top of what was accepted and fills in its figures.
@@ -63,11 +77,10 @@ class Trials:
         Returns:
             False when it is out for good; `out` says why.
         """
-        mark = self._try(candidate)
-        if mark is None:
+        if not self._try(candidate):
             return False
         try:
-            quality = self.judge.measure(lambda: self.program(candidate), quick=quick, mark=mark)
+            quality = self.measure(candidate, self.judge, quick=quick)
         except RedpassError as error:
             return self._leave_out(candidate, "rolled back", str(error))
         candidate.loss = worse_by(quality[self.metric]) - self.loss
@@ -76,8 +89,12 @@ class Trials:
             candidate.step = self.step
         return True
 
-    def _try(self, candidate: Candidate) -> str | None:
-        """Fills in the saving; returns the program's fingerprint, None when there is no program.
+    def measure(self, candidate: Candidate, judge: Judge, *, quick: bool = False) -> Quality:
+        """Returns what a judge says about the program with a candidate tried at this step."""
+        return judge.measure(lambda: self.program(candidate), quick=quick, mark=candidate.mark)
+
+    def _try(self, candidate: Candidate) -> bool:
+        """Fills in the program's fingerprint and cost; False when there is no program.
 
         A resumed run is told both by its journal: making a program takes longer than reading them.
         """
@@ -87,7 +104,9 @@ class Trials:
             candidate.program = self.make(candidate)
             if candidate.program is None:
                 return None
-            return [fingerprint(candidate.program) if journal.path else "", candidate.worth]
+            assert candidate.cost is not None
+            mark = fingerprint(candidate.program) if journal.path else ""
+            return [mark, asdict(candidate.cost)]
 
         found = journal.recall(
             f"trial of {candidate.action.key}", compute, lambda: self._on(candidate)
@@ -95,9 +114,14 @@ class Trials:
         if found is None:
             if candidate not in self.out:  # another run found that out: why, this one does not know
                 self.make(candidate)
-            return None
-        mark, candidate.worth = found
-        return str(mark)
+            return False
+        candidate.mark, cost = found
+        self._price(candidate, from_json(CostRecord, cost))
+        return True
+
+    def _price(self, candidate: Candidate, cost: CostRecord) -> None:
+        candidate.cost = cost
+        candidate.worth = relative_saving(self.cost, cost, self.costs)
 
     def _on(self, candidate: Candidate) -> str:
         """What a trial is of, beside the action's name: what it predicts and what it comes on."""
@@ -113,13 +137,13 @@ class Trials:
         return candidate.program
 
     def make(self, candidate: Candidate) -> Program | None:
-        """Returns the program with the candidate; None when it is out. Measures its saving only."""
+        """Returns the program with the candidate; None when it is out. Measures its cost only."""
         program, fault = self.together([*self._beside(candidate), candidate])
         if program is None:
             self.reject(candidate, fault, is_conflict=bool(self.accepted))
             return None
         cost = cost_record(program, self.sizes)
-        candidate.worth = relative_saving(self.cost, cost, self.costs)
+        self._price(candidate, cost)
         if candidate.worth <= 0:
             self._leave_out(candidate, "refused", self._why_worthless(cost))
             return None
@@ -157,11 +181,13 @@ class Trials:
     def accept(self, candidate: Candidate) -> list[Candidate]:
         """Takes a candidate that was tried at this step; returns the rivals that give way to it."""
         assert candidate.step == self.step
-        program = self.program(candidate)
+        assert candidate.cost is not None
         self.loss += candidate.loss
         rivals = [other for other in self.accepted if other.place == candidate.place]
-        self.take([*self._beside(candidate), candidate], program)
-        self.judge.move(self.current)
+        self.accepted = [*self._beside(candidate), candidate]
+        self._current, self.cost = candidate.program, candidate.cost
+        self.step += 1
+        self.judge.move(lambda: self.current)
         return rivals
 
     def drop_idle(self) -> list[Candidate]:
@@ -180,6 +206,6 @@ class Trials:
 
     def take(self, candidates: Sequence[Candidate], program: Program) -> None:
         """Makes `candidates`, and the program with them, what was accepted."""
-        self.accepted, self.current = list(candidates), program
+        self.accepted, self._current = list(candidates), program
         self.cost = cost_record(program, self.sizes)
         self.step += 1

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from redpass.analysis import cost, structure
 from redpass.analysis.linears import linears, opaque
 from redpass.analysis.rungs import check_rungs, check_word
-from redpass.analysis.widths import routed, statistics
-from redpass.analysis.widths.cuts import Rung, removal_order, rungs
+from redpass.analysis.widths import ladders, routed, statistics
+from redpass.analysis.widths.cuts import Rung
 from redpass.analysis.widths.experts import ExpertRung, expert_rungs, narrow_experts
 from redpass.analysis.widths.ladders import KINDS, ladder, named, saving, step_of, uniform
 from redpass.analysis.widths.narrowing import Width, narrow, widths
@@ -121,8 +121,8 @@ class PruneChannels:
                 yield self._action(label, all_, facts)
         data, blocks = facts.data(), facts.journal.blocks
         for label, width, seen in views(program, facts.get(structure), places, data, blocks):
-            order = removal_order(width, seen, min(counts[label]), refit=self.refit)
-            for rung in rungs(width, seen, order, counts[label], refit=self.refit):
+            made = ladders.made_rungs(facts, label, width, seen, counts[label], refit=self.refit)
+            for rung in made:
                 yield self._action(label, rung, facts, seen[0].whole.tokens)
 
     def _action(self, label: str, rung: Rung | ExpertRung, facts: Facts, tokens: int = 0) -> Action:

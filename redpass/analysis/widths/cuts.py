@@ -17,7 +17,7 @@ arXiv:2312.11983) for taking up the mean in the bias.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,30 +128,45 @@ class _State:
         self.places = self.places[~lost]
 
 
+def ridge_strengths(
+    width: Width, found: Sequence[View], order: Tensor, least: int
+) -> dict[str, float]:
+    """Returns weight of a reader -> the ridge strength that repairs it best where it matters most.
+
+    Args:
+        least: how many units the narrowest rung leaves.
+    """
+    gone, keep = _parts(width, order, least)
+    return {view.reader.weight: _strength(view, gone, keep) for view in found}
+
+
 def rungs(
-    width: Width, found: Sequence[View], order: Tensor, counts: Sequence[int], *, refit: bool
+    width: Width,
+    found: Sequence[View],
+    order: Tensor,
+    counts: Sequence[int],
+    strengths: Mapping[str, float],
 ) -> list[Rung]:
     """Returns one rung for each number of units to leave, by the order in which units go.
 
     Args:
-        counts: falling.
+        strengths: weight of a reader -> ridge strength of its repair; empty where none is repaired.
     """
-    strengths = {view.reader.weight: USUAL for view in found}
-    made: list[Rung] = []
-    for count in reversed(counts):  # the narrowest first: it is where the strength matters most
-        gone = order[: width.size - count].sort()[0]
-        keep = torch.arange(width.size)[~torch.isin(torch.arange(width.size), gone)]
-        if refit and not made:
-            strengths = {v.reader.weight: _strength(v, gone, keep) for v in found}
-        made.append(_rung(found, gone, keep, strengths if refit else None))
-    return made[::-1]
+    return [_rung(found, *_parts(width, order, count), strengths) for count in counts]
+
+
+def _parts(width: Width, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The units that go and those that stay, rising."""
+    gone = order[: width.size - count].sort()[0]
+    every = torch.arange(width.size)
+    return gone, every[~torch.isin(every, gone)]
 
 
 def _rung(
-    found: Sequence[View], gone: Tensor, keep: Tensor, strengths: dict[str, float] | None
+    found: Sequence[View], gone: Tensor, keep: Tensor, strengths: Mapping[str, float]
 ) -> Rung:
     bare = sum(_error(view, gone, keep, None) for view in found)
-    if strengths is None:
+    if not strengths:
         return Rung(keep, {}, bare, bare, 0.0)
     error, repairs = 0.0, dict[str, Repair]()
     for view in found:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from redpass import ops
-from redpass.analysis.widths.cuts import Rung, removal_order, rungs
+from redpass.analysis.widths.cuts import Rung, removal_order, ridge_strengths, rungs
 from redpass.analysis.widths.narrowing import Width, Widths
 from redpass.analysis.widths.resizing import resized
 from redpass.analysis.widths.statistics import View
@@ -136,7 +136,8 @@ def expert_rungs(
     made: list[list[Rung]] = []
     for view in found:
         order = removal_order(width, [view], min(counts), refit=refit)
-        made.append(rungs(width, [view], order, counts, refit=refit))
+        strengths = ridge_strengths(width, [view], order, min(counts)) if refit else {}
+        made.append(rungs(width, [view], order, counts, strengths))
     tokens = found[0].whole.tokens
     picked = tuple(int(n) for n in rows)
     return [ExpertRung(each, picked, tokens) for each in zip(*made, strict=True)]

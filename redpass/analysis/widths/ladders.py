@@ -6,15 +6,20 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from redpass.analysis import cost
 from redpass.analysis.experts import stack_of
 from redpass.analysis.inspection import DEFAULT_SIZES
 from redpass.analysis.linears import linears
 from redpass.analysis.rungs import read_target
+from redpass.analysis.widths.cuts import Rung, removal_order, ridge_strengths, rungs
 from redpass.analysis.widths.narrowing import Width
 from redpass.analysis.widths.places import ChannelPlaces
+from redpass.analysis.widths.statistics import View
 from redpass.errors import UsageError
 from redpass.facts import Facts
+from redpass.journal import JSON
 from redpass.plan import Action
 from redpass.program import Program
 
@@ -59,6 +64,27 @@ def named(
             raise UsageError(text, place=place, hint=hint)
         wanted[label].add(count)
     return {label: sorted(counts, reverse=True) for label, counts in wanted.items()}
+
+
+def made_rungs(
+    facts: Facts,
+    label: str,
+    width: Width,
+    found: Sequence[View],
+    counts: Sequence[int],
+    *,
+    refit: bool,
+) -> list[Rung]:
+    """Returns one rung for each number of units to leave; a resumed run is told their order."""
+    least = min(counts)
+
+    def choose() -> JSON:
+        order = removal_order(width, found, least, refit=refit)
+        return order.tolist(), ridge_strengths(width, found, order, least) if refit else {}
+
+    how = "repaired" if refit else "as it is"
+    order, strengths = facts.recall(f"order of {label} down to {least}, {how}", choose)
+    return rungs(width, found, torch.tensor(order), counts, strengths)
 
 
 def saving(facts: Facts, width: Width, count: int) -> dict[str, float]:
