@@ -118,7 +118,7 @@ def plot(board: Board, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5))
     colours = pyplot.get_cmap("tab20")
@@ -136,7 +136,7 @@ def plot(board: Board, path: Path) -> None:
     axes.invert_xaxis()
     axes.set_yscale("log" if metric == "perplexity" else "linear")
     for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        part(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+        part(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(*_window(board))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

@@ -77,9 +77,10 @@ def _command(words: list[str], counts: Path, look: int) -> int:
     from redpass.blocks import Blocks
     from redpass.cli import main
 
-    opened, real = [], journal.Journal.open.__func__  # type: ignore[attr-defined]
-    append, seen = journal._append, []
-    keep, lengths, link = Blocks.keep, [], counts.with_name(f"blocks-{os.getpid()}")
+    real = journal.Journal.open.__func__  # type: ignore[attr-defined]
+    append, keep = journal._append, Blocks.keep
+    opened, seen, lengths = list[Any](), list[Any](), list[Any]()
+    link = counts.with_name(f"blocks-{os.getpid()}")
 
     def write(path: Path, text: str) -> None:
         append(path, text)
@@ -100,11 +101,13 @@ def _command(words: list[str], counts: Path, look: int) -> int:
         kept = {"seen": seen, "lengths": lengths, "blocks": str(link)}
         counts.write_text(json.dumps({**found, **kept}))
 
+    def open_too(*given: Any, **more: Any) -> Any:
+        opened.append(real(*given, **more))
+        return opened[-1]
+
     journal._append = write
-    Blocks.keep = keep_too  # type: ignore[method-assign]
-    journal.Journal.open = classmethod(  # type: ignore[method-assign,assignment]
-        lambda *a, **k: opened.append(real(*a, **k)) or opened[-1]
-    )
+    Blocks.keep = keep_too  # type: ignore[method-assign,assignment]
+    journal.Journal.open = classmethod(open_too)  # type: ignore[method-assign,assignment]
     code = main(words)
     finish()
     return code
@@ -132,7 +135,8 @@ def write_data(model: str, path: Path, rows: int) -> None:
     found = np.unique(found.reshape(-1, 128) if found.ndim == 2 else found, axis=0)
     if len(found) < rows:
         sys.exit(f"there are only {len(found)} rows")
-    np.savez(path, **{name: found[:rows]})
+    rows_by_name: dict[str, Any] = {name: found[:rows]}
+    np.savez(path, **rows_by_name)
 
 
 def records(folder: Path) -> int:

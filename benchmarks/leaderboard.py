@@ -129,9 +129,10 @@ def batches(program: Program, split: testbed.Split, size: int) -> Batches:
 
     def one(part: testbed.Split) -> dict[str, torch.Tensor]:
         labels = part.targets
-        classes = labels is not None and not labels.is_floating_point()
-        extra = {"labels": labels} if classes else {}
-        return complete(program, part.inputs) | extra
+        inputs = complete(program, part.inputs)
+        if labels is None or labels.is_floating_point():
+            return inputs
+        return {**inputs, "labels": labels}
 
     return Batches(tuple(one(part) for part in split.batches(size)))
 

@@ -227,7 +227,7 @@ def measure(
     start = clock()
     sessions["torch"].run(None, inputs)
     repeats = max(1, int(0.01 / max(clock() - start, 1e-5)))
-    order, times = list(sessions), {name: [] for name in sessions}
+    order, times = list(sessions), {name: list[float]() for name in sessions}
     for _ in range(rounds):
         order = order[1:] + order[:1]
         for name in order:

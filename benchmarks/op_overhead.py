@@ -186,8 +186,9 @@ def latent_case(batch: int) -> Case:
     def op(*given: Tensor) -> Any:
         return torch.ops.redpass.latent_attention(*given, None, False, None)
 
-    def chain(*given: Tensor) -> Any:
-        return latent_attention(*given, None, False, None)
+    def chain(query: Tensor, *given: Tensor) -> Any:
+        keys, up, values, down, cos, sin = given
+        return latent_attention(query, keys, up, values, down, cos, sin, None, False, None)
 
     return f"latent_attention, one token on {PAST}", Side(op, tensors), Side(chain, tensors)
 
@@ -195,7 +196,7 @@ def latent_case(batch: int) -> Case:
 def calls(program: Program) -> list[tuple[str, ...]]:
     """What a program runs, call by call, whatever its nodes are called."""
     places: dict[fx.Node, str] = {}
-    found = []
+    found = list[tuple[str, ...]]()
     for node in program.module.graph.nodes:
         places[node] = f"#{len(places)}"
         if node.op == "call_function":

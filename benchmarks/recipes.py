@@ -112,7 +112,7 @@ def output_norm(program: Program, exit_name: str) -> float:
         for operand in node.all_input_nodes:
             weight = program.weight(operand)
             if weight is not None and weight.dim() >= 2:
-                return weight.float().norm().item()
+                return float(weight.float().norm())
         todo += [operand for operand in node.all_input_nodes if ops.is_float(operand)]
     return float("inf")
 

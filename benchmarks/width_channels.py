@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ def cut_programs(
         ranked = orders(width, seen, bench.program, generator)
         counts = [round(width.size * share / 8) * 8 for share in SHARES]
         for method, (order, refit) in METHODS.items():
-            chosen = ranked[order]
-            strengths = ridge_strengths(width, seen, chosen, min(counts)) if refit else {}
-            made = rungs(width, seen, chosen, counts, strengths)
+            gone = ranked[order]
+            strengths = ridge_strengths(width, seen, gone, min(counts)) if refit else {}
+            made = rungs(width, seen, gone, counts, strengths)
             for share, rung in zip(SHARES, made, strict=True):
                 edits = tuple(narrow(found.table, width, rung.keep, rung.repairs, bench.program))
                 actions.setdefault((method, share), []).append(Action("cut", label, edits, ""))
@@ -147,7 +148,9 @@ def table(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
     yield from (f"- {verdict}" for verdict in verdicts)
 
 
-def _of(found: Sequence[Mapping[str, object]], model: str, share: float, method: str) -> list[dict]:
+def _of(
+    found: Sequence[Mapping[str, object]], model: str, share: float, method: str
+) -> list[dict[str, Any]]:
     key = (model, share, method)
     return [dict(r) for r in found if (r["model"], r["share"], r["method"]) == key]
 

@@ -133,8 +133,9 @@ def compare(bench: Bench, pruning: Any) -> Iterator[dict[str, Any]]:
             yield record(bench, name, share, made, whole)
             if name == REPAIRED:
                 limits[flops(made)] = (name, share)
-    for name, *how in competitors(pruning):
-        for limit, module in pruned(pruning, *how, bench.calibration, list(limits)).items():
+    for name, importance, is_global, gradients in competitors(pruning):
+        made_by = pruned(pruning, importance, is_global, gradients, bench.calibration, list(limits))
+        for limit, module in made_by.items():
             program = traced(module)
             assert flops(program) >= limit
             yield record(bench, name, limits[limit][1], program, whole)

@@ -159,7 +159,7 @@ def ranks(task: Task, cuts: Sequence[float]) -> dict[str, dict[str, dict[str, fl
 
 def heads(task: Task, cuts: Sequence[float]) -> dict[str, dict[str, dict[str, float]]]:
     """Returns cut -> method -> figures, for value heads of one width in all layers."""
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         "magnitude, no refit": {"basis": "magnitude", "refit": False},
         "magnitude": {"basis": "magnitude"},
         "CLOVER, no refit": {"basis": "weights", "refit": False},

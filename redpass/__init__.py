@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for editors and type checkers
+    from redpass import export
+    from redpass.analysis.structure import structure
+    from redpass.data import Batches, Splits, split
+    from redpass.errors import RedpassError
+    from redpass.frontend.batches import read_batches
+    from redpass.frontend.load import load
+    from redpass.lowering import lower
+    from redpass.pipeline import optimize
+    from redpass.program import Program
 
 __version__ = "0.1.0"
 
@@ -20,7 +31,10 @@ _HOMES = {
     "structure": "redpass.analysis",
     "export": "redpass.export",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "Batches", "Program", "RedpassError", "Splits", "export", "load", "lower", "optimize",
+    "read_batches", "split", "structure",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import statistics
 import subprocess
 import sys
@@ -214,3 +215,17 @@ def test_every_public_name_is_there_at_first_use(name: str) -> None:
     code = f"import redpass; assert redpass.{name}.__name__.split('.')[-1] == {name!r}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_type_checkers_are_told_what_the_public_names_are() -> None:
+    source = ast.parse((ROOT / "__init__.py").read_text())
+    told = next(node for node in source.body if isinstance(node, ast.If))
+    homes = {
+        alias.name: node.module
+        for node in told.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(homes) == sorted(redpass.__all__) == sorted(redpass._HOMES)
+    for name, home in homes.items():
+        assert getattr(importlib.import_module(home), name) is getattr(redpass, name)
