@@ -31,7 +31,7 @@ class Part:
     """
 
     def __init__(self, program: Program, wanted: Iterable[str], known: Collection[str]) -> None:
-        self.program = program
+        self._weights = program.weights
         self.wanted = tuple(wanted)
         found: set[fx.Node] = set()
         needs: set[str] = set()
@@ -81,7 +81,7 @@ class Part:
 
     def _value(self, node: fx.Node, now: Mapping[str, Any]) -> Any:
         if node.op == "get_attr":
-            return self.program.weights[str(node.target)]
+            return self._weights[str(node.target)]
         args = fx.node.map_arg(node.args, lambda n: now[n.name])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: now[n.name])
         return half_precision.call(node.target, args, kwargs)  # type: ignore[arg-type]

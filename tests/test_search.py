@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ import redpass
 from redpass.analysis import structure
 from redpass.budget import choose, quality
 from redpass.budget.candidates import PATIENCE, Candidate, Greedy
+from redpass.budget.trials import Trials
 from redpass.errors import DataError, PassError, UsageError
 from redpass.facts import Facts
+from redpass.fingerprint import fingerprint
 from redpass.passes.drop_branches import DropBranches
 from redpass.passes.drop_layers import DropLayers
 from redpass.plan import Action
@@ -131,6 +135,56 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     assert resumed.program.text == expected.program.text
     for name, value in expected.program.weights.items():
         assert torch.equal(resumed.program.weights[name], value)
+
+
+def run_both(program, data, **more):
+    passes = "drop_branches,prune_channels"
+    return redpass.optimize(program, passes, budget="relative_error<=0.3", data=data, **more)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The programs that trials were made as."""
+    found: list[weakref.ref[redpass.Program]] = []
+    real = Trials.make
+
+    def make(self, candidate):
+        program = real(self, candidate)
+        found.extend([weakref.ref(program)] if program else [])
+        return program
+
+    monkeypatch.setattr(Trials, "make", make)
+    return found
+
+
+def test_a_resumed_run_makes_no_program_for_a_trial_on_record(
+    residual, residual_data, tmp_path, monkeypatch, made
+):
+    expected = run_both(residual, residual_data)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "drop_idle", lambda _: sys.exit("killed behind the last trial"))
+        with pytest.raises(SystemExit):
+            run_both(residual, residual_data, journal=tmp_path / "journal")
+    before = len(made)
+    resumed = run_both(residual, residual_data, journal=tmp_path / "journal", resume=True)
+    assert before > 2 * len(applied(expected)) > 4
+    assert len(made) == before
+    assert applied(resumed) == applied(expected)
+    assert fingerprint(resumed.program) == fingerprint(expected.program)
+
+
+def test_programs_of_earlier_steps_are_let_go(residual, residual_data, monkeypatch, made):
+    go_on, alive = Trials._go_on, []
+
+    def going_on(self, *given):
+        go_on(self, *given)
+        gc.collect()
+        alive.append(sum(program() is not None for program in made))
+
+    monkeypatch.setattr(Trials, "_go_on", going_on)
+    run_both(residual, residual_data)
+    assert len(made) > 10
+    assert max(alive) <= 2  # what was accepted, now and a step before
 
 
 @pytest.mark.parametrize("search", ["greedy", "one-shot", "random"])

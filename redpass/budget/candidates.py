@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from redpass.budget.quality import Quality
 from redpass.plan import Action, Pass
-from redpass.program import Program
 from redpass.record import CostRecord
 
 COSTS = ("parameters", "bytes", "flops", "kv_bytes_per_token")
@@ -33,7 +32,6 @@ class Candidate:
         mark: fingerprint of the program with it, while `step` is the current one; "" when a run is
             not kept.
         cost: what that program costs.
-        program: the program, when it was made.
     """
 
     pass_: Pass
@@ -43,7 +41,6 @@ class Candidate:
     step: int = -1
     mark: str = field(default="", repr=False)
     cost: CostRecord | None = field(default=None, repr=False)
-    program: Program | None = field(default=None, repr=False)
     quality: Quality = field(default_factory=dict, repr=False)
 
     @property

@@ -195,9 +195,9 @@ class _Job:
                 self.trials.accept(candidate)
 
     def _make(self, candidate: Candidate) -> bool:
-        candidate.program = self.trials.make(candidate)
+        made = self.trials.make(candidate)
         candidate.step, candidate.loss = self.trials.step, 0.0
-        return candidate.program is not None
+        return made is not None
 
     def _removed(self, now: CostRecord) -> float:
         return 1 - float(getattr(now, self.cost)) / float(getattr(self.start, self.cost))

@@ -48,6 +48,7 @@ class Trials:
         self.metric = judge.budget.limits[0].metric
         self.accepted: list[Candidate] = []
         self._current: Program | None = engine.program
+        self._made: dict[Candidate, Program] = {}
         self.cost = cost_record(engine.program, sizes)
         self.loss = 0.0
         self.out: dict[Candidate, tuple[str, str]] = {}
@@ -98,14 +99,14 @@ class Trials:
 
         A resumed run is told both by its journal: making a program takes longer than reading them.
         """
-        candidate.program, journal = None, self.engine.journal
+        journal = self.engine.journal
 
         def compute() -> list[object] | None:
-            candidate.program = self.make(candidate)
-            if candidate.program is None:
+            program = self.make(candidate)
+            if program is None:
                 return None
             assert candidate.cost is not None
-            mark = fingerprint(candidate.program) if journal.path else ""
+            mark = fingerprint(program) if journal.path else ""
             return [mark, asdict(candidate.cost)]
 
         found = journal.recall(
@@ -132,9 +133,9 @@ class Trials:
 
     def program(self, candidate: Candidate) -> Program:
         """Returns the program with a candidate that was tried at this step, made when it is not."""
-        candidate.program = candidate.program or self.make(candidate)
-        assert candidate.program is not None
-        return candidate.program
+        program = self._made.get(candidate) or self.make(candidate)
+        assert program is not None
+        return program
 
     def make(self, candidate: Candidate) -> Program | None:
         """Returns the program with the candidate; None when it is out. Measures its cost only."""
@@ -150,6 +151,7 @@ class Trials:
         if not self.is_allowed(cost):
             self._leave_out(candidate, "refused", "it takes away more than is to go")
             return None
+        self._made[candidate] = program
         return program
 
     def together(self, candidates: Sequence[Candidate]) -> tuple[Program | None, str]:
@@ -184,9 +186,8 @@ class Trials:
         assert candidate.cost is not None
         self.loss += candidate.loss
         rivals = [other for other in self.accepted if other.place == candidate.place]
-        self.accepted = [*self._beside(candidate), candidate]
-        self._current, self.cost = candidate.program, candidate.cost
-        self.step += 1
+        beside = self._beside(candidate)
+        self._go_on([*beside, candidate], self._made.get(candidate), candidate.cost)
         self.judge.move(lambda: self.current)
         return rivals
 
@@ -206,6 +207,12 @@ class Trials:
 
     def take(self, candidates: Sequence[Candidate], program: Program) -> None:
         """Makes `candidates`, and the program with them, what was accepted."""
-        self.accepted, self._current = list(candidates), program
-        self.cost = cost_record(program, self.sizes)
+        self._go_on(candidates, program, cost_record(program, self.sizes))
+
+    def _go_on(
+        self, candidates: Sequence[Candidate], program: Program | None, cost: CostRecord
+    ) -> None:
+        """Begins a step. Programs tried before it are let go: each holds weights of its own."""
+        self.accepted, self._current, self.cost = list(candidates), program, cost
+        self._made = {}
         self.step += 1
