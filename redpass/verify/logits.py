@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 1 << 22
-"""Elements of logits looked at together: 16 MiB in float32."""
+PIECE = 1 << 19
+"""Elements of logits that a thread looks at together: 2 MiB in float32, which a core's own cache
+holds. Pieces of 16 MiB take up to twice as long."""
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,14 +40,14 @@ def token_divergences(was: Tensor, now: Tensor) -> Tensor:
     for rows in _pieces(old):
         before, after = _wide(old[rows]).log_softmax(-1), _wide(new[rows]).log_softmax(-1)
         share = before.exp()
+        terms = before.sub_(after).mul_(share)
         # A token that the original rules out adds nothing, whatever the program makes of it.
-        terms = torch.where(share == 0, 0.0, share * (before - after))
-        divergences[rows] = torch.where(before.isnan().any(-1), torch.nan, terms.sum(-1))
+        divergences[rows] = terms.masked_fill_(share == 0, 0.0).sum(-1)
     return divergences.reshape(was.shape[:-1])
 
 
 def _pieces(flat: Tensor) -> Iterator[slice]:
-    step = max(1, PIECE // max(1, flat.shape[-1]))
+    step = max(1, PIECE * torch.get_num_threads() // max(1, flat.shape[-1]))
     for start in range(0, len(flat), step):
         yield slice(start, start + step)
 
