@@ -173,18 +173,19 @@ def test_a_resumed_run_makes_no_program_for_a_trial_on_record(
     assert fingerprint(resumed.program) == fingerprint(expected.program)
 
 
-def test_programs_of_earlier_steps_are_let_go(residual, residual_data, monkeypatch, made):
-    go_on, alive = Trials._go_on, []
+def test_programs_that_were_tried_are_let_go(residual, residual_data, monkeypatch, made):
+    real, alive = Trials.together, []
 
-    def going_on(self, *given):
-        go_on(self, *given)
+    def together(self, wanted):
         gc.collect()
         alive.append(sum(program() is not None for program in made))
+        return real(self, wanted)
 
-    monkeypatch.setattr(Trials, "_go_on", going_on)
+    monkeypatch.setattr(Trials, "together", together)
     run_both(residual, residual_data)
-    assert len(made) > 10
-    assert max(alive) <= 2  # what was accepted, now and a step before
+    assert len(made) > 3 * PATIENCE
+    # Those tried at this step, what was accepted, and what values are kept of.
+    assert max(alive) <= PATIENCE + 2
 
 
 @pytest.mark.parametrize("search", ["greedy", "one-shot", "random"])

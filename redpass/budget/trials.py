@@ -88,6 +88,8 @@ class Trials:
         candidate.quality = quality
         if not quick:
             candidate.step = self.step
+        if quick or not self.accepted:  # many are tried alone, each with weights of its own
+            self._made.pop(candidate, None)
         return True
 
     def measure(self, candidate: Candidate, judge: Judge, *, quick: bool = False) -> Quality:
