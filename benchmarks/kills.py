@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def start(words: list[str], counts: Path, after: float | None = None, look: int 
     child = subprocess.Popen(command)
     if after is not None:
         time.sleep(after)
-        child.kill()
+        os.kill(
+            child.pid, signal.SIGKILL
+        )  # it may have ended; `kill` of Popen would take its status
     _, status, usage = os.wait4(child.pid, 0)
     code = child.returncode = os.waitstatus_to_exitcode(status)
     if code > 0:

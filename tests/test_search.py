@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from pathlib import Path
@@ -177,7 +176,6 @@ def test_programs_that_were_tried_are_let_go(residual, residual_data, monkeypatc
     real, alive = Trials.together, []
 
     def together(self, wanted):
-        gc.collect()
         alive.append(sum(program() is not None for program in made))
         return real(self, wanted)
 
