@@ -63,9 +63,8 @@ def start(words: list[str], counts: Path, after: float | None = None, look: int 
     child = subprocess.Popen(command)
     if after is not None:
         time.sleep(after)
-        os.kill(
-            child.pid, signal.SIGKILL
-        )  # it may have ended; `kill` of Popen would take its status
+        # It may have ended by now: `Popen.kill` would take its exit status.
+        os.kill(child.pid, signal.SIGKILL)
     _, status, usage = os.wait4(child.pid, 0)
     code = child.returncode = os.waitstatus_to_exitcode(status)
     if code > 0:
