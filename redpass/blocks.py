@@ -62,14 +62,15 @@ class Blocks:
 
     def find(self, name: str) -> tuple[JSON, bytearray] | None:
         """Returns what was said about the value called `name`, and its bytes; None if not kept."""
-        place = self._places.get(self._digest(name))
+        digest = self._digest(name)
+        place = self._places.get(digest)
         if place is None or self.path is None:
             return None
         with contextlib.suppress(OSError), _open(self.path) as file:
             file.seek(place.start)
             data = bytearray(place.length)
             whole = file.readinto(data) == place.length
-            if whole and _total(self._digest(name), place.about, data) == place.sha256:
+            if whole and _total(digest, place.about, data) == place.sha256:
                 return place.about, data
         return None
 
